@@ -1,0 +1,58 @@
+"""From files to batches: sources, the training stream, host transforms, tokenisers."""
+
+from ssljax.data.embedded import Digits
+from ssljax.data.errors import BadSample
+from ssljax.data.host import HostTransform, decode
+from ssljax.data.inspect import inspect, print_summary
+from ssljax.data.pack import pack
+from ssljax.data.scenes import Scenes
+from ssljax.data.sources import (
+    TFDS,
+    ArrayRecord,
+    Arrays,
+    Captions,
+    Concat,
+    Folder,
+    Npz,
+    Parquet,
+    Record,
+    Source,
+    Subset,
+)
+from ssljax.data.spec import parse_source
+from ssljax.data.stream import Batches, Loader, eval_batches, train_batches
+from ssljax.data.tar import Tar
+from ssljax.data.tokenize import ByteTokenizer, ClipBPE, SentencePiece, Tokenizer, TokenizerFile
+
+__all__ = [
+    "TFDS",
+    "ArrayRecord",
+    "Arrays",
+    "BadSample",
+    "Batches",
+    "ByteTokenizer",
+    "Captions",
+    "ClipBPE",
+    "Concat",
+    "Digits",
+    "Folder",
+    "HostTransform",
+    "Loader",
+    "Npz",
+    "Parquet",
+    "Record",
+    "Scenes",
+    "SentencePiece",
+    "Source",
+    "Subset",
+    "Tar",
+    "Tokenizer",
+    "TokenizerFile",
+    "decode",
+    "eval_batches",
+    "inspect",
+    "pack",
+    "parse_source",
+    "print_summary",
+    "train_batches",
+]

@@ -1,0 +1,287 @@
+"""What happens to a record on the host: decode, crop, tokenise. Every function is pure; randomness comes in as `rng`.
+
+Images leave as uint8 RGB `[H, W, 3]`. Whatever cannot be decoded in full raises `BadSample`: the libraries disagree on
+half a JPEG (one returns nothing, one a grey lower half, one raises), training must not.
+"""
+
+import io
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import cv2
+import numpy as np
+import simplejpeg
+from jaxtyping import UInt8
+from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+
+from ssljax.data.errors import BadSample
+
+Picture = UInt8[np.ndarray, "h w 3"]
+
+cv2.setNumThreads(0)  # the stream runs one thread a batch; OpenCV's own pool would only fight with those
+
+_JPEG = b"\xff\xd8\xff"
+# Pillow's readers are called directly: `Image.open` tries forty formats on hostile bytes, one of them by Ghostscript.
+_READERS: tuple[tuple[bytes, str, Callable[[io.BytesIO], Image.Image]], ...] = (
+    (b"\x89PNG\r\n\x1a\n", "PNG", PngImagePlugin.PngImageFile),
+    (b"RIFF", "WebP", WebPImagePlugin.WebPImageFile),
+    (b"GIF8", "GIF", GifImagePlugin.GifImageFile),
+    (b"BM", "BMP", BmpImagePlugin.BmpImageFile),
+    (b"II*\0", "TIFF", TiffImagePlugin.TiffImageFile),
+    (b"MM\0*", "TIFF", TiffImagePlugin.TiffImageFile),
+)
+
+
+def decode(image: bytes | np.ndarray, *, max_pixels: int = 64_000_000) -> Picture:
+    """The picture as uint8 RGB `[H, W, 3]`.
+
+    Encoded bytes may be JPEG, PNG, WebP, GIF (first frame), BMP or TIFF: grey, palette, 16-bit and CMYK are converted,
+    transparency is laid on white, the EXIF orientation is applied. The size in the header is held against `max_pixels`
+    before a pixel is decoded. Arrays may be `[H, W]` or `[H, W, 1 | 3 | 4]` of uint8, uint16, bool or floats in [0, 1].
+
+    Raises:
+        BadSample: empty, truncated, corrupt or too large; not an image; an array of another shape, type or range.
+    """
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    if not image:
+        raise BadSample("0 bytes")
+    if image.startswith(_JPEG):
+        name, read = "JPEG", _decode_jpeg
+    else:
+        name, read = next((name for magic, name, _ in _READERS if image.startswith(magic)), None), _decode_with_pillow
+    if name is None:
+        raise BadSample(f"not an image (starts with {image[:8]!r}); JPEG, PNG, WebP, GIF, BMP and TIFF are read")
+    try:
+        return read(image, max_pixels)
+    except (BadSample, MemoryError):
+        raise
+    except Exception as error:  # corrupt bytes make decoders raise anything: OSError, SyntaxError, struct.error
+        text = str(error).lower()
+        cut = "truncated" in text or "premature end" in text or (name == "JPEG" and b"\xff\xd9" not in image[-512:])
+        raise BadSample(f"truncated {name}" if cut else f"corrupt {name}: {error}") from error
+
+
+def fit(image: Picture, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """The shorter side resized to `size`, then the centre cropped (in the other order, which costs less)."""
+    return _center(image, size, fraction=1.0)
+
+
+def crop_box(
+    height: int, width: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """`(top, left, height, width)` of a random crop (Szegedy et al. 2014, section 6, with torchvision's details).
+
+    Its share of the area is uniform in `scale`, its aspect ratio (width / height) log-uniform in `ratio`. After ten
+    boxes that do not fit into the picture: the largest central box whose ratio lies within `ratio`.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = np.exp(rng.uniform(*np.log(ratio)))
+        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    h, w = max(1, min(height, round(width / aspect))), max(1, min(width, round(height * aspect)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def random_resized_crop(
+    image: Picture,
+    rng: np.random.Generator,
+    size: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> UInt8[np.ndarray, "size size 3"]:
+    """A random box of the picture (`crop_box`), cut first and then resized to `size`."""
+    top, left, height, width = crop_box(image.shape[0], image.shape[1], rng, scale, ratio)
+    return _resize(image[top : top + height, left : left + width], size)
+
+
+class CropSpec(Protocol):
+    """The fields of an on-device view that say how its picture is cut."""
+
+    size: int
+    crop: Literal["random", "center", "none"]
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    fraction: float
+    count: int
+
+
+@dataclass(frozen=True)
+class HostTransform:
+    """`transform(record, rng) -> sample`: a record becomes arrays of fixed shape. Without an `rng` nothing is random.
+
+    - `image`: decoded and fitted to `size` (the device cuts its own views), or left as large as it is without `size`.
+      With `crops` the host cuts them instead: one uint8 `[size, size, 3]` (`[count, size, size, 3]` for count > 1)
+      under each name, all from one decoding; `image` itself is then not in the sample.
+    - `text`: int32 `[L]` by `tokenizer`, if the record has a text. Of several captions, one is drawn; evaluation takes
+      the first.
+    - `label`: int32. Arrays named in `keep` pass as they are. Everything else (`key`, ...) stays behind.
+
+    Raises:
+        BadSample: the picture cannot be decoded, or there is no caption.
+        ValueError: the record lacks what the transform was told to read.
+    """
+
+    size: int | None = None
+    crops: Mapping[str, Any] | None = None  # name -> CropSpec
+    tokenizer: Callable[[str], np.ndarray] | None = None
+    keep: tuple[str, ...] = ()
+    max_pixels: int = 64_000_000
+
+    def __post_init__(self):
+        if self.size is not None and self.crops is not None:
+            raise ValueError("size fits every image for the device to cut, crops cut on the host: set one of them")
+
+    def prepare(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The costly part, the same every time: decode, fit. Done twice it changes nothing, so it may be cached."""
+        if "image" not in record:
+            return dict(record)
+        image = decode(record["image"], max_pixels=self.max_pixels)
+        return {**record, "image": image if self.size is None else fit(image, self.size)}
+
+    def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+        record = self.prepare(record)
+        sample: dict[str, Any] = {}
+        if "image" in record and self.crops is None:
+            sample["image"] = record["image"]
+        for name, spec in (self.crops or {}).items():
+            views = [_cut(_field(record, "image"), spec, rng) for _ in range(spec.count)]
+            sample[name] = views[0] if spec.count == 1 else np.stack(views)
+        if self.tokenizer is not None and "text" in record:
+            sample["text"] = self.tokenizer(_caption(record["text"], rng))
+        if "label" in record:
+            sample["label"] = np.asarray(record["label"], np.int32)
+        for name in self.keep:
+            sample[name] = np.asarray(_field(record, name))
+            if sample[name].dtype.kind not in "biufc":
+                raise ValueError(f"keep names {name!r}, a {type(record[name]).__name__}; a batch can only hold numbers")
+        return sample
+
+
+def _field(record: Mapping[str, Any], name: str) -> Any:
+    if name not in record:
+        raise ValueError(f"the transform needs {name!r}, but the records of this source have {sorted(record)}")
+    return record[name]
+
+
+def _caption(text: str | tuple[str, ...] | list[str], rng: np.random.Generator | None) -> str:
+    if isinstance(text, str):
+        return text
+    if not len(text):
+        raise BadSample("no caption")
+    return text[0 if rng is None else int(rng.integers(len(text)))]
+
+
+def _cut(image: Picture, spec: CropSpec, rng: np.random.Generator | None) -> np.ndarray:
+    if spec.crop == "random" and rng is not None:
+        return random_resized_crop(image, rng, spec.size, spec.scale, spec.ratio)
+    return _center(image, spec.size, spec.fraction if spec.crop == "center" else 1.0)
+
+
+def _center(image: Picture, size: int, fraction: float) -> np.ndarray:
+    height, width = image.shape[:2]
+    side = max(1, round(min(height, width) * fraction))
+    top, left = (height - side) // 2, (width - side) // 2
+    return _resize(image[top : top + side, left : left + side], size)
+
+
+def _resize(image: np.ndarray, size: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    if height == width == size:
+        return np.ascontiguousarray(image)
+    shrinking = height >= size and width >= size  # area averages all that it drops, cubic enlarges smoothly
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
+
+
+def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray:
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    _check_size(int(width), int(height), max_pixels)
+    if colours in ("CMYK", "YCCK"):  # libjpeg-turbo leaves the conversion to us; Pillow knows Adobe's inverted inks
+        with JpegImagePlugin.JpegImageFile(io.BytesIO(data)) as picture:
+            image = np.asarray(picture.convert("RGB"))
+    else:
+        image = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+    at = data.find(b"Exif\0\0", 0, 65_536)
+    if at < 4 or data[at - 4 : at - 2] != b"\xff\xe1":
+        return image
+    exif = Image.Exif()
+    try:
+        exif.load(data[at : at + struct.unpack(">H", data[at - 2 : at])[0] - 2])
+        return _orient(image, exif.get(0x0112, 1))
+    except Exception:  # cameras write broken EXIF blocks beside sound pictures
+        return image
+
+
+def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
+    if data.startswith(b"RIFF"):
+        _check_size(*_webp_size(data), max_pixels)  # Pillow's reader allocates its canvas on opening
+    reader = next(reader for magic, _, reader in _READERS if data.startswith(magic))
+    with reader(io.BytesIO(data)) as picture:
+        _check_size(*picture.size, max_pixels)
+        picture.load()
+        orientation = picture.getexif().get(0x0112, 1)
+        if picture.mode.startswith(("I", "F")):  # 16 bits, 32 bits, floats: Pillow's own conversion clips at 255
+            image = _from_array(np.asarray(picture))
+        elif picture.has_transparency_data:
+            image = _on_white(np.asarray(picture.convert("RGBA")))
+        else:
+            image = np.asarray(picture.convert("RGB"))
+    return _orient(image, orientation)
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in the first chunk of a WebP file (RFC 9649, section 2)."""
+    kind = data[8:16]
+    if kind == b"WEBPVP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if kind == b"WEBPVP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"WEBPVP8 ":
+        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+    raise BadSample(f"not an image (a RIFF file that holds {kind!r})")
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadSample(f"{width}x{height} pixels is over the limit of {max_pixels:,}")
+
+
+def _from_array(image: np.ndarray) -> np.ndarray:
+    shape, kind = image.shape, image.dtype
+    if len(shape) not in (2, 3) or 0 in shape or (len(shape) == 3 and shape[2] not in (1, 3, 4)):
+        raise BadSample(f"an image of shape {shape}; expected [H, W] or [H, W, 1 | 3 | 4]")
+    if kind == np.uint16:
+        image = ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 / 255 = 257
+    elif kind == np.bool_:
+        image = image * np.uint8(255)
+    elif kind.kind == "f":
+        low, high = image.min(), image.max()
+        if not (low >= 0 and high <= 1):  # also true of NaN
+            raise BadSample(f"float pixels must lie in [0, 1]; these run from {low} to {high}")
+        image = np.rint(image * np.float32(255)).astype(np.uint8)
+    elif kind != np.uint8:
+        raise BadSample(f"pixels of type {kind}; expected uint8, uint16, bool, or floats in [0, 1]")
+    if len(shape) == 2 or shape[2] == 1:
+        return np.repeat(image.reshape(*shape[:2], 1), 3, axis=2)
+    return _on_white(image) if shape[2] == 4 else image
+
+
+def _on_white(rgba: np.ndarray) -> np.ndarray:
+    colour, alpha = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)
+    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _orient(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo EXIF orientations 2 to 8 (tag 0x0112): 5 to 8 lie on their side."""
+    if orientation not in range(2, 9):
+        return image
+    if orientation >= 5:
+        image = image.swapaxes(0, 1)
+    vertical, horizontal = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    return np.ascontiguousarray(image[:: -1 if vertical else 1, :: -1 if horizontal else 1])

@@ -1,0 +1,231 @@
+"""Samples held in memory: `Arrays`, `Npz`; and a part of any source: `Subset`."""
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ssljax.data.sources.base import Record, Source, check_index, expand
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """Your own arrays: `Arrays({"image": images, "label": labels}, classes=("cat", "dog"))`.
+
+    `columns` maps a record's keys to sequences of one length; row i of each is record i.
+    """
+
+    columns: Mapping[str, Sequence[Any] | np.ndarray]
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.columns:
+            raise ValueError("columns is empty; give at least {'image': ...}")
+        lengths = {key: len(column) for key, column in self.columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"all columns need one length, got {lengths}")
+        if self.labels is not None:
+            check_labels(self.labels, self.classes, "columns['label']")
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:
+        """int32 `[n]`, or None without labels."""
+        return np.asarray(self.columns["label"], np.int32) if "label" in self.columns else None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, index: int) -> Record:
+        i = check_index(index, len(self))
+        record = {key: _plain(column[i]) for key, column in self.columns.items()}
+        return record if "key" in record else {**record, "key": str(i)}
+
+
+def check_labels(labels: np.ndarray, classes: tuple[str, ...], where: str) -> None:
+    """Raises ValueError unless every label names a class (when there are names)."""
+    if classes and len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
+        raise ValueError(
+            f"{where} has labels from {labels.min()} to {labels.max()}, but there are {len(classes)} classes; "
+            f"labels count from 0 to {len(classes) - 1}"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars become Python's int, float, bool and str."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+@dataclass(frozen=True)
+class Npz:
+    """A numpy archive, read into memory. Pickled objects inside are refused, as they could run code.
+
+    Either `images` (uint8 `[n,H,W]` or `[n,H,W,C]`), or encoded pictures one after the other: `jpeg` (uint8 `[bytes]`)
+    and `offsets` (int `[n+1]`), picture i being `jpeg[offsets[i]:offsets[i+1]]`. Optional: `labels` (int `[n]`),
+    `class_names` (str). Every other member whose first axis is n becomes a field of the record under its own name.
+    """
+
+    path: str
+    start: int = 0
+    limit: int | None = None  # at most this many samples, from `start` on
+
+    def __post_init__(self) -> None:
+        _ = self._arrays
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Worker processes read the file again rather than receive it through a pipe.
+        return {"path": self.path, "start": self.start, "limit": self.limit}
+
+    @cached_property
+    def _arrays(self) -> Arrays:
+        path = expand(self.path)
+        members = _load(path)
+        if "images" in members:
+            images: Sequence[Any] | np.ndarray = members.pop("images")
+        elif "jpeg" in members and "offsets" in members:
+            images = _Slices(members.pop("jpeg"), members.pop("offsets").astype(np.int64), str(path))
+        else:
+            raise ValueError(f"{path} has the members {sorted(members)}; it needs 'images', or 'jpeg' and 'offsets'")
+        classes = tuple(str(name) for name in members.pop("class_names", ()))
+        n = len(images)
+        if "labels" in members and len(members["labels"]) != n:
+            raise ValueError(f"{path} has {n} images but {len(members['labels'])} labels")
+        columns: dict[str, Any] = {"image": images}
+        for name, array in members.items():
+            if array.ndim and len(array) == n:
+                columns["label" if name == "labels" else name] = array
+        chosen = range(n)[self.start :][: self.limit]
+        if not chosen:
+            raise ValueError(f"start={self.start}, limit={self.limit} leave nothing of the {n} samples in {path}")
+        columns = {key: column[chosen.start : chosen.stop] for key, column in columns.items()}
+        columns["key"] = [f"{path.name}[{i}]" for i in chosen]
+        if "label" in columns:
+            check_labels(columns["label"], classes, str(path))
+        return Arrays(columns, classes)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self._arrays.classes
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int32 `[n]`, or None without labels."""
+        return self._arrays.labels
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._arrays[index]
+
+
+def _load(path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            if isinstance(archive, np.ndarray):
+                raise ValueError(f"{path} is a single .npy array; save it with np.savez(path, images=...)")
+            return {name: archive[name] for name in archive.files}
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a complete .npz archive ({error}); copy or download it again") from error
+    except ValueError as error:
+        if "pickle" not in str(error).lower():
+            raise
+        raise ValueError(
+            f"{path} is not a plain .npz archive, or holds pickled objects, which are refused because they can run "
+            "code; save plain arrays, and text as np.array(names, dtype=str)"
+        ) from error
+
+
+class _Slices(Sequence[bytes]):
+    """Pieces of one long uint8 array: item i is `data[offsets[i]:offsets[i+1]]`."""
+
+    def __init__(self, data: np.ndarray, offsets: np.ndarray, where: str):
+        if offsets.ndim != 1 or len(offsets) < 2 or (np.diff(offsets) < 0).any():
+            raise ValueError(f"{where}: 'offsets' must be one rising row of n+1 numbers")
+        if offsets[0] < 0 or offsets[-1] > len(data):
+            raise ValueError(f"{where}: 'offsets' reach byte {offsets[-1]}, but 'jpeg' has {len(data)} bytes")
+        self._data, self._offsets, self._where = data, offsets, where
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(len(self))
+            return _Slices(self._data, self._offsets[start : stop + 1], self._where)
+        return self._data[self._offsets[index] : self._offsets[index + 1]].tobytes()
+
+
+@dataclass(frozen=True)
+class Subset:
+    """`source[start:stop:step]`, with Python's rules for slices. Records keep their labels, keys and classes."""
+
+    source: Source
+    start: int = 0
+    stop: int | None = None
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        if not self._chosen:
+            raise ValueError(f"[{self.start}:{self.stop}:{self.step}] leaves nothing of the {len(self.source)} samples")
+
+    @cached_property
+    def _chosen(self) -> range:
+        return range(len(self.source))[self.start : self.stop : self.step]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.source.classes
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:
+        """int32 `[n]`, or None if the source does not know its labels in advance."""
+        labels = getattr(self.source, "labels", None)
+        return None if labels is None else labels[np.asarray(self._chosen)]
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[self._chosen[check_index(index, len(self))]]
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Several sources one after another, as one. Their classes must agree."""
+
+    sources: tuple[Source, ...]
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("Concat needs at least one source")
+        if len({source.classes for source in self.sources}) > 1:
+            named = [source.classes for source in self.sources]
+            raise ValueError(f"the sources name different classes, so their labels mean different things: {named}")
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([len(source) for source in self.sources])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.sources[0].classes
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:
+        """int32 `[n]`, or None if a source does not know its labels in advance."""
+        parts = [getattr(source, "labels", None) for source in self.sources]
+        known = [part for part in parts if part is not None]
+        return np.concatenate(known) if len(known) == len(parts) else None
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        index = check_index(index, len(self))
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        return self.sources[which][index - int(self._ends[which - 1] if which else 0)]

@@ -1,0 +1,124 @@
+"""ArrayRecord shards as `ssljax.data.pack` writes them: `ArrayRecord`, and the encoding of one record.
+
+A record is one safetensors blob: its arrays and byte strings as tensors, everything else as JSON in the metadata.
+Nothing in it can be executed.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from ssljax.data.errors import BadSample
+from ssljax.data.sources.base import Record, check_index, expand, expand_files
+
+INDEX = "dataset.json"
+_PLAIN = (str, int, float, bool)  # themselves, not their numpy subclasses
+
+
+def encode_record(record: Mapping[str, Any]) -> bytes:
+    """A record as bytes. Raises TypeError for a value that is no numeric array, bytes, str, number or tuple."""
+    tensors: dict[str, np.ndarray] = {}
+    raw: list[str] = []
+    fields: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            tensors[key] = np.ascontiguousarray(value).reshape(value.shape)
+        elif isinstance(value, bytes):
+            tensors[key] = np.frombuffer(value, np.uint8)
+            raw.append(key)
+        elif type(value) in _PLAIN or _is_plain_tuple(value):
+            fields[key] = value
+        else:
+            what = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+            raise TypeError(
+                f"the entry {key!r} is {what}; a record holds numeric arrays, bytes, str, int, float and tuples of str"
+            )
+    header = {"fields": json.dumps(fields), "bytes": json.dumps(raw), "order": json.dumps(list(record))}
+    return safetensors.numpy.save(tensors, metadata=header)
+
+
+def _is_plain_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and all(type(v) in _PLAIN for v in value)
+
+
+def decode_record(blob: bytes) -> Record:
+    """The inverse of `encode_record`. Raises BadSample for a damaged blob."""
+    try:
+        header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])["__metadata__"]
+        fields, raw, order = (json.loads(header[name]) for name in ("fields", "bytes", "order"))
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        for key, tensor in safetensors.numpy.load(blob).items():
+            values[key] = tensor.tobytes() if key in raw else tensor
+        return {key: values[key] for key in order}
+    except (ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+        raise BadSample(f"the record is not one that ssljax.data.pack wrote ({error})") from error
+
+
+@dataclass(frozen=True)
+class ArrayRecord:
+    """Shards written by `ssljax.data.pack`: their folder, or a glob of `.array_record` files.
+
+    Every record is read on its own, whatever it holds. Records are those of the packed source, in its order.
+    """
+
+    path: str
+
+    def __post_init__(self) -> None:
+        count = self._index.get("count")
+        if expand(self.path).is_dir() and count is not None and count != len(self):
+            raise ValueError(
+                f"{expand(self.path)} holds {len(self)} records, but its {INDEX} says {count}: a shard is missing"
+            )
+
+    @cached_property
+    def _shards(self) -> tuple[Path, ...]:
+        path = expand(self.path)
+        return expand_files(str(path / "*.array_record") if path.is_dir() else self.path, "ArrayRecord shard")
+
+    @cached_property
+    def _index(self) -> dict[str, Any]:
+        path = self._shards[0].parent / INDEX
+        try:
+            index = json.loads(path.read_text()) if path.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); pack the set again") from error
+        return index if isinstance(index, dict) else {}
+
+    @cached_property
+    def _reader(self):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource  # slow to import
+
+        for shard in self._shards:
+            if not shard.stat().st_size:
+                raise ValueError(f"{shard} is empty (0 bytes); the copy did not finish")
+        try:
+            return ArrayRecordDataSource([str(shard) for shard in self._shards])
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{self.path}: a shard is truncated or not ArrayRecord ({error}); copy it again"
+            ) from error
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self._classes
+
+    @cached_property
+    def _classes(self) -> tuple[str, ...]:
+        return tuple(map(str, self._index.get("classes", ())))
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int) -> Record:
+        i = check_index(index, len(self))
+        try:
+            return decode_record(self._reader[i])
+        except BadSample as error:
+            raise BadSample(f"{self.path}[{i}]: {error}", i) from error

@@ -1,0 +1,187 @@
+"""Where numbers go: JSON lines always, TensorBoard events, W&B if asked, and a progress bar or lines for people."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+from etils import epath
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+# Dense bf16 peak of one device, FLOP/s, by `device_kind`. (Vendors' data sheets, without sparsity.)
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: Any) -> float | None:
+    """Peak bf16 FLOP/s of a device, or None where it is not known (CPUs)."""
+    return PEAK_FLOPS.get(device.device_kind)
+
+
+class MetricLog:
+    """Writes metrics of one run. Only process 0 writes; the others keep silent.
+
+    A context manager: leaving it closes the files and the progress bar.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        steps: int,
+        start: int,
+        wandb: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ):
+        self.console = Console()
+        self._main = jax.process_index() == 0
+        self._steps, self._started, self._start = steps, time.perf_counter(), start
+        self._writers: list[Any] = []
+        self._bar: Progress | None = None
+        if not self._main:
+            return
+        folder = epath.Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._jsonl = _continue_records(folder / "metrics.jsonl", start)
+        self._writers = [_TensorBoard(folder / "tensorboard")]
+        if wandb is not None:
+            self._writers.append(_WandB(wandb, folder, dict(config or {})))
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]train"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("train", total=steps, completed=start, text="compiling")
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        if self._main:
+            self._jsonl.close()
+        for writer in self._writers:
+            writer.close()
+
+    def say(self, text: Any) -> None:
+        """A line (or any rich renderable) for people, above the progress bar."""
+        if self._main:
+            # Log files are not wrapped.
+            self.console.print(text, highlight=False, soft_wrap=not self.console.is_terminal)
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar; costs nothing elsewhere."""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One record: to `metrics.jsonl` and the other writers. NaN and infinity are written as null."""
+        if not self._main:
+            return
+        values = {k: float(v) for k, v in values.items()}
+        record = {
+            "step": step,
+            "time": round(time.time(), 3),
+            **{k: v if math.isfinite(v) else None for k, v in values.items()},
+        }
+        self._jsonl.write(json.dumps(record) + "\n")
+        self._jsonl.flush()
+        for writer in self._writers:
+            writer.write(step, values)
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """The record of a log step, also shown: in the bar on a terminal, as a line elsewhere."""
+        self.write(step, values)
+        text = f"loss {values['loss']:.4f}  {values['images_per_second']:,.0f} images/s"
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=text)
+        else:
+            elapsed = time.perf_counter() - self._started
+            left = elapsed / max(step - self._start, 1) * (self._steps - step)
+            self.say(
+                f"step {step:>{len(str(self._steps))}}/{self._steps}  {text}  "
+                f"elapsed {_clock(elapsed)}  left {_clock(left)}"
+            )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def read_records(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """The records of a run's `metrics.jsonl`, oldest first. A last line cut short by a crash is left out."""
+    path = epath.Path(workdir) / "metrics.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; is {workdir} the workdir of a run?")
+    lines = path.read_text().splitlines()
+    complete = lines[:-1] if lines and not lines[-1].endswith("}") else lines
+    return [json.loads(line) for line in complete]
+
+
+def _continue_records(path: epath.Path, start: int) -> Any:
+    """Opens the records for appending, without those after step `start`: a resumed run writes them again."""
+    if path.exists():
+        kept = [json.dumps(record) + "\n" for record in read_records(path.parent) if start and record["step"] <= start]
+        path.write_text("".join(kept))
+    return path.open("a")
+
+
+class _TensorBoard:
+    """TensorBoard's own event writer, which needs no TensorFlow."""
+
+    def __init__(self, folder: epath.Path):
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = Event, Summary
+        self._writer = EventFileWriter(str(folder))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        summary = self._summary(value=[self._summary.Value(tag=k, simple_value=v) for k, v in values.items()])
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    def __init__(self, project: str, folder: epath.Path, config: dict):
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ImportError("--wandb needs the package wandb: pip install 'ssljax[wandb]'") from error
+        self._run = wandb.init(project=project, dir=str(folder), name=folder.name, config=config, resume="allow")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
