@@ -5,6 +5,7 @@ All of Orbax is behind this module. A checkpoint holds tensors and JSON; nothing
 Where a run starts, in this order: the newest checkpoint of its own workdir; else fresh parameters.
 """
 
+import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,6 +17,9 @@ from orbax.checkpoint import v1 as ocp
 
 from ssljax.rules import leaf_name
 from ssljax.state import TrainState
+
+# Orbax's threads log, with a traceback, the exceptions that `save` and `wait` raise: said once is enough.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> None:
+    if options.seeds < 1:
+        raise ValueError(f"--seeds is the number of seeds to train, at least 1; got {options.seeds}")
     from ssljax.distributed import initialize
 
     launch = initialize(options.coordinator, options.processes, options.process)
@@ -141,7 +143,8 @@ def _train(options: argparse.Namespace) -> None:
 
             for folder in workdirs:
                 print(f"report: {write_report(folder, types=types_of(e))}")
-        show(table(workdirs))
+        if (result := table(workdirs)).row_count:
+            show(result)
 
 
 def _steps(text: str) -> tuple[int, int]:

@@ -9,14 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ssljax.checkpoint import CheckpointStore, abstract_like
 from ssljax.config import Experiment, resolve, with_precision
-from ssljax.data import HostTransform, train_batches
+from ssljax.data import Batches, HostTransform, train_batches
 from ssljax.describe import describe
 from ssljax.encode import Encoder, Pixels
 from ssljax.evals.collapse import collapse
@@ -71,7 +70,7 @@ class Run:
         fast = {"xla_backend_optimization_level": 0} if self.mesh.devices.flat[0].platform == "cpu" else None
         return jax.jit(self._init, out_shardings=self.state_shardings, compiler_options=fast)()
 
-    def batches(self, start: int, bad_log: epath.Path | None = None) -> Iterator[dict[str, np.ndarray]]:
+    def batches(self, start: int, bad_log: epath.Path | None = None) -> Batches:
         """This process's rows of the training batches from sample position `start` on."""
         e = self.experiment
         return train_batches(
@@ -189,15 +188,15 @@ def train(
             step_fn = run.compile_step()
             log.say(f"compiled the training step in {time.perf_counter() - began:.1f} s")
             evaluate, pending, meter = _Evaluator(run, log), _Pending(), _Meter(step_fn, e.batch_size, run.mesh)
-            batches = run.batches(position, workdir / "bad_samples.jsonl")
+            bad_log = workdir / "bad_samples.jsonl"
+            batches = run.batches(position, bad_log)
 
             def log_pending() -> None:
                 if (record := pending.take()) is not None:
-                    log.step(record[0], record[1] | meter.read())
+                    log.step(record[0], record[1] | meter.read() | {"bad_samples": batches.bad})
 
             # 2. The loop. Its order is fixed: evaluation and checkpoint see exactly the state and the data position of
-            # `step`; only
-            #    then is the next batch taken. The metrics of a step are read when the next one is under way.
+            #    `step`; only then is the next batch taken. A step's metrics are read when the next one is under way.
             for step in range(start, e.steps):
                 if step == 0 or (e.eval_every and step % e.eval_every == 0 and step > start):
                     log_pending()
@@ -223,6 +222,8 @@ def train(
             if start < e.steps:
                 evaluate(e.steps, state)
                 store.save(state, e.steps, position, run.metadata())
+            if batches.bad:
+                log.say(f"{batches.bad} of {batches.seen} samples were bad and replaced; see {bad_log}")
     return Result(state, evaluate.results)
 
 

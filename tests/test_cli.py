@@ -69,6 +69,11 @@ def workdir(runs) -> Path:
     return runs / "seed_0"
 
 
+def test_seeds_must_be_positive(tmp_path, capsys):
+    assert main(train_command(tmp_path, options=("--seeds", "0"))) == 1
+    assert "--seeds is the number of seeds to train, at least 1; got 0" in capsys.readouterr().err
+
+
 def test_train_with_two_seeds(runs, workdir, pictures, capsys):
     first, second = (read_records(runs / f"seed_{i}") for i in range(2))
     losses = [[r["loss"] for r in records if "loss" in r] for records in (first, second)]

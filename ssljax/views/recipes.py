@@ -305,11 +305,12 @@ def mae(size: int) -> dict[str, dict[str, Any]]:
 
 
 def clip(size: int) -> dict[str, dict[str, Any]]:
-    """CLIP (Radford et al. 2021, section 2.4): view "image", a random square of 90-100 % of a square image's area.
+    """CLIP (Radford et al. 2021, section 2.4): view "image", a random crop of 90-100 % of the image's area.
 
-    On images that are not square no such square may fit: the crop is then the largest central one.
+    The paper's is a random square of the resized image; this is open_clip's, which also fits pictures that are not
+    square: they are cut to a ratio of at least 3:4 and at most 4:3.
     """
-    return {"image": {"size": size, "scale": (0.9, 1.0), "ratio": (1.0, 1.0), "mean": CLIP_MEAN, "std": CLIP_STD}}
+    return {"image": {"size": size, "scale": (0.9, 1.0), "mean": CLIP_MEAN, "std": CLIP_STD}}
 
 
 def evaluation(
