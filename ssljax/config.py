@@ -41,9 +41,7 @@ class Data:
     train: Source | None  # a source, or "folder:/my/images" and the like; None in encoders loaded without their data
     views: Any  # (key, batch) -> batch, on the device: the training views
     eval_view: Any  # the same for frozen features: deterministic
-    size: int | None = (
-        None  # side of the square every image is brought to on the host; None where the views cut on the host
-    )
+    size: int | None = None  # side of the square that the host fits every image to; None where it cuts the views
     tokenizer: Tokenizer | None = None  # for sources with captions
     loader: Loader = Loader()
 
@@ -58,9 +56,7 @@ class Experiment:
     batch_size: int  # global
     optim: Optim = Optim()
     mesh: Mesh = Mesh()
-    precision: Literal["float32", "bf16"] = (
-        "float32"  # of the computation; parameters, losses and statistics are float32
-    )
+    precision: Literal["float32", "bf16"] = "float32"  # of the computation; parameters, losses, statistics: float32
     seed: int = 0
     log_every: int = 50
     eval_every: int = 0  # 0: only before the first and after the last step

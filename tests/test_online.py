@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import dataclass
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -174,5 +175,11 @@ def test_retrieval_between_two_sources(clip):
     assert 0 < found["i2t_r1"] < 1
     shifted = Arrays({"image": np.roll(images // 2, 1, axis=0)})
     assert Retrieval(query, shifted, ("image", "image")).run(clip.encoder)["i2t_r1"] < found["i2t_r1"]
-    with pytest.raises(ValueError, match="have no match"):
+    pictures = [cv2.imencode(".png", image)[1].tobytes() for image in images]
+    unreadable = Arrays({"image": [*pictures[:7], b"", *pictures[8:]]})
+    left = np.delete(np.arange(COUNT), 7)
+    readable = [Arrays({"image": x[left]}) for x in (images, images // 2)]
+    left_out = Retrieval(unreadable, key, ("image", "image")).run(clip.encoder)
+    assert left_out == Retrieval(*readable, ("image", "image")).run(clip.encoder)
+    with pytest.raises(ValueError, match=f"query has {COUNT} and key has 40"):
         Retrieval(query, Subset(key, stop=40), ("image", "image")).run(clip.encoder)

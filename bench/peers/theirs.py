@@ -7,6 +7,7 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -138,20 +139,21 @@ def tune(source: Path, images: np.ndarray, repeats: int) -> dict:
     """The fastest settings: first of the network's step, then of the whole with its input."""
     trials: dict[str, float] = {}
 
-    def fastest(options: list[Settings], seconds) -> Settings:
+    def fastest(what: str, options: list[Settings], seconds: Callable[[Settings], float]) -> Settings:
         taken = [seconds(option) for option in options]
-        trials.update({str(option): s for option, s in zip(options, taken, strict=True)})
+        trials.update({f"{what}: {option}": s for option, s in zip(options, taken, strict=True)})
         return options[int(np.argmin(taken))]
 
     def whole_step(settings: Settings) -> float:
         return Trainer(source, settings).train(images, settings, repeats + 1)[0]["train"]["wall"] / repeats
 
     best = fastest(
+        "network",
         [Settings(compiled, channels_last) for compiled in (False, True) for channels_last in (False, True)],
         lambda settings: Trainer(source, settings).step_seconds(repeats)["wall"],
     )
-    best = fastest([replace(best, workers=workers) for workers in (0, 1, 2)], whole_step)
-    best = fastest([best, replace(best, pillow=False)], whole_step)
+    best = fastest("whole", [replace(best, workers=workers) for workers in (0, 1, 2)], whole_step)
+    best = fastest("whole, again", [best, replace(best, pillow=False)], whole_step)
     return {"settings": asdict(best), "trials": trials}
 
 

@@ -95,6 +95,13 @@ class Retrieval:
             same = np.unique(found["tokens"], axis=0, return_inverse=True)[1] if "tokens" in found else found["index"]
             a, b, a_id, b_id = found[self.features[0]], found[self.features[1]], same, same
         else:
+            if len(self.query) != len(self.key):
+                raise ValueError(
+                    f"retrieval between two sources matches their samples by position, but query has {len(self.query)} "
+                    f"and key has {len(self.key)}"
+                )
             query, key = encoder.features(self.query, self.features[:1]), encoder.features(self.key, self.features[1:])
-            a, b, a_id, b_id = query[self.features[0]], key[self.features[1]], query["index"], key["index"]
+            # Pictures that cannot be read are missing from one side.
+            same, rows, columns = np.intersect1d(query["index"], key["index"], return_indices=True)
+            a, b, a_id, b_id = query[self.features[0]][rows], key[self.features[1]][columns], same, same
         return retrieval(a, b, image_id=a_id, text_id=b_id)
