@@ -119,7 +119,7 @@ def _cifar10_mini(steps: int) -> ConfigDict:
 
 def digits() -> ConfigDict:
     """scikit-learn's 1,797 handwritten digits: nothing to download, about a minute on two CPU cores."""
-    config = _small("digits:train", "digits:test", steps=400, batch_size=128, size=16)
+    config = _small("digits:train", "digits:test", steps=300, batch_size=128, size=16)
     crop = {"scale": (0.4, 1.0), "flip": 0.0, "hue": 0.0, "saturation": 0.0, "grayscale": 0.0}
     config.data.views.views = {name: view | crop for name, view in simclr(16, strength=0.5, blur=False).items()}
     config.evals.frozen.protocols = ("knn", "linear", "fewshot")
