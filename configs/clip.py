@@ -16,7 +16,7 @@ def scenes() -> ConfigDict:
     test = {"type": "Scenes", "count": 1024, "split": "test", "size": 32, "holdout": True}
     tokenizer = {"type": "ByteTokenizer", "length": 64}
     config = _small(
-        {"type": "Scenes", "count": 20_000, "split": "train", "size": 32, "holdout": True}, tokenizer, 32, steps=1000
+        {"type": "Scenes", "count": 20_000, "split": "train", "size": 32, "holdout": True}, tokenizer, 32, steps=800
     )
     config.evals = {
         "zeroshot": {
@@ -52,7 +52,7 @@ def emoji() -> ConfigDict:
 
     languages = ("en", "de", "es", "fr")
     train = {"type": "Concat", "sources": (pictures("3d", "train", *languages), pictures("flat", "train", *languages))}
-    config = _small(train, {"type": "ByteTokenizer", "length": 64}, 48, steps=1200)
+    config = _small(train, {"type": "ByteTokenizer", "length": 64}, 48, steps=700)
     views = clip(48)
     views["image"] |= {"scale": (0.5, 1.0), "ratio": (0.9, 1.1), "flip": 0.5}
     config.data.views.views = views
