@@ -175,7 +175,7 @@ def test_retrieval_between_two_sources(clip):
     assert 0 < found["i2t_r1"] < 1
     shifted = Arrays({"image": np.roll(images // 2, 1, axis=0)})
     assert Retrieval(query, shifted, ("image", "image")).run(clip.encoder)["i2t_r1"] < found["i2t_r1"]
-    pictures = [cv2.imencode(".png", image)[1].tobytes() for image in images]
+    pictures = [cv2.imencode(".png", image[..., ::-1])[1].tobytes() for image in images]  # OpenCV writes BGR
     unreadable = Arrays({"image": [*pictures[:7], b"", *pictures[8:]]})
     left = np.delete(np.arange(COUNT), 7)
     readable = [Arrays({"image": x[left]}) for x in (images, images // 2)]
