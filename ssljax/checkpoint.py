@@ -8,6 +8,7 @@ Where a run starts, in this order: the newest checkpoint of its own workdir; els
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -39,7 +40,8 @@ class CheckpointStore:
     """The checkpoints of one run, under `<workdir>/checkpoints/<step>`."""
 
     def __init__(self, workdir: epath.PathLike, policy: Checkpoints = Checkpoints()):
-        self.folder = epath.Path(workdir) / "checkpoints"
+        # Orbax takes absolute paths only; joined to one, an absolute path or a URL stays as it is.
+        self.folder = epath.Path(Path.cwd()) / workdir / "checkpoints"
         preserve: Any = ocp.training.preservation_policies  # Orbax's policies do not fit its own protocols' types
         decide: Any = ocp.training.save_decision_policies
         keep = [preserve.LatestN(policy.keep_last)]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,13 +56,14 @@ def pictures(tmp_path_factory) -> Pictures:
 
 @pytest.fixture(scope="module")
 def runs(pictures, tmp_path_factory) -> Path:
-    """Two seeds, with an evaluation."""
-    workdir = tmp_path_factory.mktemp("runs")
+    """Two seeds, with an evaluation; the workdir is given as users give it, relative to the current folder."""
+    folder = tmp_path_factory.mktemp("runs")
     source = f"folder:{pictures.labelled}"
     evaluation = {"type": "Classification", "train": source, "test": source, "protocols": ("knn",), "k": (3,)}
     overrides = f"data.train={source}", f"evals.pets={evaluation}"
-    assert main(train_command(workdir, *overrides, options=("--seeds", "2"))) == 0
-    return workdir
+    with chdir(folder):
+        assert main(train_command(Path("runs/pets"), *overrides, options=("--seeds", "2"))) == 0
+    return folder / "runs/pets"
 
 
 @pytest.fixture(scope="module")
