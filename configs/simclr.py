@@ -91,7 +91,7 @@ def cifar10() -> ConfigDict:
 
 def cifar10_mini() -> ConfigDict:
     """CIFAR-10 (`SSLJAX_DATA/cifar10`), small ResNet, about ten minutes on two CPU cores."""
-    return _cifar10_mini(steps=1000)
+    return _cifar10_mini(steps=800)
 
 
 def cifar10_mini_vit() -> ConfigDict:

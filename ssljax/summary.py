@@ -45,11 +45,12 @@ def table(workdirs: Sequence[epath.PathLike]) -> Table:
     """A rich table of `figures`: shares in per cent, mean and standard deviation over seeds."""
     many = len(workdirs) > 1
     title = f"{len(workdirs)} seeds, mean ± standard deviation" if many else None
-    result = Table(
-        title=title, caption="shares in %; random: the same network before training; pixels: raw pixels as features"
+    caption = (
+        "shares in %; random: the same network before training; pixels: raw pixels as features; gain: trained - random"
     )
-    for column in ("evaluation", "trained", "random", "pixels", "trained - random"):
-        result.add_column(column, justify="left" if column == "evaluation" else "right")
+    result = Table(title=title, caption=caption)
+    for column in ("evaluation", "trained", "random", "pixels", "gain"):
+        result.add_column(column, justify="left" if column == "evaluation" else "right", no_wrap=True)
     for f in figures(workdirs):
         result.add_row(f.name, *(_percent(values) for values in (f.trained, f.random, f.pixels, f.gain)))
     return result
