@@ -43,7 +43,7 @@ _COLLAPSE: Mapping[str, tuple[str, str, tuple[float, ...]]] = {
 }
 # Metrics with a chart of their own, and those another chart or the log says already.
 _KNOWN = ("loss", "learning_rate", "grad_norm", "images_per_second", "data_wait", "mfu")
-_SKIPPED = ("step", "time", "images_per_second_per_device", "flops_per_second_per_device")
+_SKIPPED = ("step", "time", "bad_samples", "images_per_second_per_device", "flops_per_second_per_device")
 _MOST_CHARTS = 24  # of a method's own metrics, and of evaluations
 _BAD_SHOWN = 8
 
