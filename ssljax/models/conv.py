@@ -1,9 +1,10 @@
 """2-D convolution with gradients that are fast on CPU.
 
-XLA:CPU computes the gradients of a convolution several times slower than its value: the weight gradient is a
+XLA:CPU may compute the gradients of a convolution many times slower than its value: the weight gradient is a
 convolution whose window is the whole image, and the input gradient of a strided one convolves an image full of zeros.
 On CPU both become matrix products, one for each tap of the kernel, on shifted views of the input. Other platforms keep
-XLA's own convolutions. `python -m bench.conv` prints what this gains.
+XLA's own convolutions. What this gains depends on machine, XLA and shape: `python -m bench.conv` prints it, and
+`bench/results` has figures.
 """
 
 from collections.abc import Callable, Sequence
