@@ -52,16 +52,12 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
-    workdirs = [args.workdir / f"seed_{seed}" for seed in range(args.seeds)]
-    for seed, workdir in enumerate(workdirs):
-        config = load_config(args.config, args.overrides).to_dict()
-        encoder = config["method"]["encoder"]
-        config |= {"method": {"type": Supervised, "encoder": encoder, "classes": args.classes}, "seed": seed}
-        train(build(Experiment, config), workdir)
-    show(table(workdirs))
+    config = load_config(args.config, args.overrides).to_dict()
+    config["method"] = {"type": Supervised, "encoder": config["method"]["encoder"], "classes": args.classes}
+    train(build(Experiment, config), args.workdir)
+    show(table([args.workdir]))
 
 
 if __name__ == "__main__":

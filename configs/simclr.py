@@ -90,12 +90,12 @@ def cifar10() -> ConfigDict:
 
 
 def cifar10_mini() -> ConfigDict:
-    """CIFAR-10 (`SSLJAX_DATA/cifar10`), small ResNet, about ten minutes on two CPU cores."""
+    """CIFAR-10 (`SSLJAX_DATA/cifar10`), small ResNet, about seven minutes on two CPU cores."""
     return _cifar10_mini(steps=800)
 
 
 def cifar10_mini_vit() -> ConfigDict:
-    """As `cifar10_mini` with a small ViT, in as many minutes."""
+    """As `cifar10_mini` with a small ViT."""
     config = _cifar10_mini(steps=600)
     config.method.encoder = {
         "type": "ViT",

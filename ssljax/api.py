@@ -101,7 +101,7 @@ def write_features(path: epath.PathLike, features: Mapping[str, np.ndarray]) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npz":
         with path.open("wb") as file:
-            np.savez(file, **features)  # pyright: ignore[reportArgumentType]
+            np.savez(file, allow_pickle=False, **features)
     elif path.suffix == ".parquet":
         rows = {
             name: values.reshape(len(values), -1).tolist() if values.ndim > 1 else values
