@@ -1,22 +1,33 @@
-"""Losses over a batch whose rows are spread over devices.
+"""The sweep over a table of similarities whose rows are spread over devices, and its gradient.
 
-A contrastive loss is a mean over rows, and row i needs its own embeddings and everybody's: a function of (rows,
-columns). On one device both are the batch: the dense form. On several, each device keeps its own rows and gathers the
-columns, so that none ever holds the whole B x B table. One function per loss therefore describes both forms, and
-`over_batch_shards` picks.
+Each device keeps its rows of the one tower and meets every row of the other: the *gather* form fetches them once and
+sums the gradients of the fetched tower with one reduce-scatter; the *ring* form passes blocks from device to device,
+each block's gradients travelling with it, so that no device ever holds a whole tower. Column statistics are combined
+by a psum of a few numbers per column. A tower compared with itself is symmetric, and needs no reduce-scatter at all.
+
+Which form: gather while the fetched tower and its float32 gradient stay below `GATHER_LIMIT`, else the ring.
+
+The gradient is written out (`jax.custom_vjp` around the `shard_map`s): differentiating the sweep would store every tile.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
+
+from ssljax.losses import sweep
+from ssljax.losses.sweep import Law, Results, Tower
 
 BATCH_AXES = ("replica", "fsdp")  # mesh axes over which the rows of a batch are split
+GATHER_LIMIT = 2**30  # bytes: of a gathered tower and its gradient, on each device
+# Rows (and columns) of a tile: 4 MiB of logits stay in the cache of a CPU; accelerators want more work per step.
+TILE = {"cpu": 1024, "default": 4096}
 
-Rows = tuple[Array, ...]  # embeddings [rows, dim] that belong together row by row
+NONE = Results(None, None)
 
 
 def batch_axes() -> tuple[str, ...]:
@@ -34,40 +45,176 @@ def batch_shards() -> int:
     return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in batch_axes())
 
 
-def over_batch_shards(
-    row_losses: Callable[..., Float[Array, " b"]], rows: Rows, *shared: Array | float
-) -> Float[Array, ""]:
-    """The mean over the global batch of `row_losses(rows, columns, index, *shared)`.
+class Layout(NamedTuple):
+    """How the rows lie on the devices, and what the columns are."""
+
+    axes: tuple[str, ...]  # mesh axes over which the rows are spread; () on one device
+    columns: Literal["pairs", "itself", "bank"]
+    ring: bool
+
+
+def statistics(law: Law, rows: Tower, columns: Tower | None = None, bias: Any = None, *, bank: bool = False) -> tuple:
+    """What `law` sums over the table of `rows` against `columns`: (its result for the rows, for the columns or None).
 
     Args:
-        row_losses: one loss per row, from the rows at hand (arrays [b, d]), the columns (the same arrays for the
-            whole batch, [B, d]), the rows' positions among the columns (int32 [b]) and `shared`. It must not take
-            gradients itself: inside `shard_map` they would miss the other devices' terms.
-        rows: arrays [B, d], row i of each belonging to example i.
-        shared: floats or arrays that every device has in full (temperature, scale, bias); they get gradients too.
+        law: see `ssljax.losses.laws`.
+        rows: B rows of the global batch.
+        columns: B rows that belong to `rows` one by one; with `bank` any number of others; None: the rows themselves,
+            which get their `position` here.
+        bias: added to all logits.
+
+    Gradients reach `x` and `factor` of both towers and `bias`.
 
     Raises:
-        ValueError: the arrays differ in length, or the batch does not divide over the mesh.
+        ValueError: the towers differ in length, or the batch does not divide over the mesh.
     """
-    size = len(rows[0])
-    if any(len(x) != size for x in rows):
-        raise ValueError(f"paired embeddings must have one row per example each; got {[len(x) for x in rows]} rows")
-    axes = batch_axes()
-    if not axes:
-        return row_losses(rows, rows, jnp.arange(size), *shared).mean()
-
-    shards = batch_shards()
+    size = len(rows.x)
+    if columns is None:
+        rows = rows._replace(position=jnp.arange(size, dtype=jnp.int32))
+    elif not bank and len(columns.x) != size:
+        raise ValueError(
+            f"paired embeddings must have one row per example each; got {size} and {len(columns.x)} rows"
+        )
+    axes, shards = batch_axes(), batch_shards()
     if size % shards:
         low = size // shards * shards
         sizes = f"{low} or {low + shards}" if low else f"{shards}"
         raise ValueError(f"batch {size} is not divisible by the {shards} data shards of the mesh; use {sizes}")
+    gathered = rows if columns is None else columns
+    ring = bool(axes) and not bank and gathered.x.size * (4 + gathered.x.dtype.itemsize) > GATHER_LIMIT
+    if bias is not None:
+        bias = jnp.asarray(bias, jnp.float32)
+    kind = "bank" if bank else "itself" if columns is None else "pairs"
+    return _statistics(law, Layout(axes, kind, ring), rows, columns, bias)
 
-    def of_shard(rows: Rows, shared: Sequence[Array]) -> Array:
-        columns = jax.lax.all_gather(rows, axes, tiled=True)
-        index = jax.lax.axis_index(axes) * (size // shards) + jnp.arange(size // shards)
-        return jax.lax.pmean(row_losses(rows, columns, index, *shared).mean(), axes)
 
-    in_specs = (PartitionSpec(axes), PartitionSpec())
-    # check_vma makes the transposes of the gather and of the replicated scalars sum over devices.
-    mean = jax.shard_map(of_shard, in_specs=in_specs, out_specs=PartitionSpec(), check_vma=True)
-    return mean(rows, tuple(jnp.asarray(x, jnp.float32) for x in shared))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _statistics(law: Law, layout: Layout, rows: Tower, columns: Tower | None, bias: Array | None) -> tuple:
+    return _forward(law, layout, rows, columns, bias)[0]
+
+
+def _forward(law: Law, layout: Layout, rows: Tower, columns: Tower | None, bias: Array | None) -> tuple[Any, Any]:
+    split, whole = PartitionSpec(layout.axes), PartitionSpec()
+    against = rows if columns is None else columns
+    if not layout.axes:
+        stats = _sweep_forward(law, rows, against, bias)
+        results = law.finish(stats[0]), law.finish(stats[1])
+    elif layout.ring:
+        of_shard = jax.shard_map(partial(_ring_forward, law, layout.axes), in_specs=(split, split, whole), out_specs=split)
+        results = of_shard(rows, against, bias)
+    else:
+        # Gathered out here, not in `shard_map`, and kept: the backward pass needs no second gather.
+        if layout.columns != "bank":
+            against = jax.lax.with_sharding_constraint(against, whole)
+
+        def of_shard(rows: Tower, columns: Tower, bias: Array | None) -> tuple:
+            row_stats, column_stats = _sweep_forward(law, rows, columns, bias)
+            return law.finish(row_stats), law.finish(sweep.merge_over(layout.axes, column_stats))
+
+        results = jax.shard_map(of_shard, in_specs=(split, whole, whole), out_specs=(split, whole))(rows, against, bias)
+    return results, (rows, against, bias, results)
+
+
+def _backward(law: Law, layout: Layout, saved: tuple, cotangents: tuple) -> tuple:
+    rows, columns, bias, results = saved
+    split, whole = PartitionSpec(layout.axes), PartitionSpec()
+    of_rows, of_columns = (Results(*both) for both in zip(results, cotangents, strict=True))
+    itself = layout.columns == "itself"
+    if itself:  # the table is symmetric: a row is also a column, and the row's gradient is all
+        of_columns = of_rows
+    if not layout.axes:
+        gradients = _sweep_backward(law, rows, columns, bias, of_rows, of_columns, not itself)
+    elif layout.ring:
+        gradients = jax.shard_map(
+            partial(_ring_backward, law, layout.axes, itself),
+            in_specs=(split, split, whole, split, split),
+            out_specs=(split, split, whole),
+        )(rows, columns, bias, of_rows, of_columns)
+    else:
+
+        def of_shard(*arguments: Any) -> tuple:
+            d_rows, d_columns, d_bias = _sweep_backward(law, *arguments, not itself)
+            if layout.columns == "bank":
+                d_columns = jax.lax.psum(d_columns, layout.axes)
+            elif not itself:
+                d_columns = jax.lax.psum_scatter(d_columns, layout.axes, tiled=True)
+            return d_rows, d_columns, jax.lax.psum(d_bias, layout.axes)
+
+        gradients = jax.shard_map(
+            of_shard,
+            in_specs=(split, whole, whole, split, whole),
+            out_specs=(split, whole if layout.columns == "bank" else split, whole),
+        )(rows, columns, bias, of_rows, of_columns)
+    d_rows, d_columns, d_bias = gradients
+    return _cotangent(rows, d_rows), None if itself else _cotangent(columns, d_columns), d_bias
+
+
+_statistics.defvjp(_forward, _backward)
+
+
+def _cotangent(tower: Tower, dx: Array) -> Tower:
+    """Gradients of `x` at a fixed factor, and of the factor: the logits are linear in both."""
+    d_factor = jnp.sum(tower.x.astype(jnp.float32) * dx, axis=-1) / tower.factor
+    none = jax.tree.map(lambda x: None, tower)
+    return none._replace(x=dx.astype(tower.x.dtype), factor=d_factor)
+
+
+def _sweep_forward(law: Law, rows: Tower, columns: Tower, bias: Array | None) -> tuple:
+    forms = {name: partial(sweep.forward, law, tile=tile) for name, tile in TILE.items()}
+    return jax.lax.platform_dependent(rows, columns, bias, **forms)
+
+
+def _sweep_backward(law: Law, rows: Any, columns: Any, bias: Any, of_rows: Any, of_columns: Any, both: bool) -> tuple:
+    forms = {name: partial(sweep.backward, law, tile=tile, column_gradient=both) for name, tile in TILE.items()}
+    return jax.lax.platform_dependent(rows, columns, bias, of_rows, of_columns, **forms)
+
+
+# The ring: blocks of columns visit every device. The next one is under way while the sweep works on this one.
+
+
+def _pass_on(axes: tuple[str, ...], tree: Any) -> Any:
+    n = jax.lax.axis_size(axes)
+    ring = [(i, (i + 1) % n) for i in range(n)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, ring), tree)
+
+
+def _ring_forward(law: Law, axes: tuple[str, ...], rows: Tower, columns: Tower, bias: Array | None) -> tuple:
+    like = jax.eval_shape(partial(_sweep_forward, law), rows, columns, bias)
+
+    def visit(carry: tuple, _: None) -> tuple:
+        row_stats, columns, column_stats = carry
+        coming = _pass_on(axes, columns)
+        of_block = _sweep_forward(law, rows, columns, bias)
+        row_stats, column_stats = sweep.merge(row_stats, of_block[0]), sweep.merge(column_stats, of_block[1])
+        return (row_stats, coming, _pass_on(axes, column_stats)), None
+
+    start = sweep.nothing(like, rows.factor, columns.factor)
+    (row_stats, _, column_stats), _ = jax.lax.scan(visit, (start[0], columns, start[1]), length=jax.lax.axis_size(axes))
+    return law.finish(row_stats), law.finish(column_stats)
+
+
+def _ring_backward(
+    law: Law,
+    axes: tuple[str, ...],
+    itself: bool,
+    rows: Tower,
+    columns: Tower,
+    bias: Array | None,
+    of_rows: Results,
+    of_columns: Results,
+) -> tuple:
+    like = jax.eval_shape(
+        lambda *arguments: _sweep_backward(law, *arguments, not itself), rows, columns, bias, of_rows, of_columns
+    )
+
+    def visit(carry: tuple, _: None) -> tuple:
+        block, (d_rows, d_columns, d_bias) = carry
+        coming = _pass_on(axes, block)
+        of_block = _sweep_backward(law, rows, block[0], bias, of_rows, block[1], not itself)
+        d_rows, d_columns, d_bias = sweep.merge((d_rows, d_columns, d_bias), of_block)
+        return (coming, (d_rows, _pass_on(axes, d_columns), d_bias)), None
+
+    start = sweep.nothing(like, rows.factor, columns.factor)
+    (_, gradients), _ = jax.lax.scan(visit, ((columns, of_columns), start), length=jax.lax.axis_size(axes))
+    d_rows, d_columns, d_bias = gradients
+    return d_rows, d_columns, jax.lax.psum(d_bias, axes)
