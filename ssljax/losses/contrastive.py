@@ -47,8 +47,7 @@ def nt_xent(
     image alone has no negatives: its loss is 0.
     """
     positive, negative, valid = _against_negatives(views, temperature, mask)
-    losses = jnp.logaddexp(negative[:, :, None], positive) - positive
-    return _mean(_off_diagonal_mean(losses), valid, weights)
+    return _mean(_off_diagonal_mean(jax.nn.softplus(negative[:, :, None] - positive)), valid, weights)
 
 
 def decoupled(
@@ -63,6 +62,8 @@ def decoupled(
     / sigma) / mean_j exp(c_j / sigma), c the pairs' cosines (DCLW, eq. 7; no gradient through w), else 1. Needs at
     least two images.
     """
+    if views and len(views[0]) < 2:
+        raise ValueError("without negatives this loss has no lower end: it needs at least two images")
     positive, negative, valid = _against_negatives(views, temperature, mask)
     weight = jnp.ones_like(positive)
     if sigma is not None:
@@ -107,7 +108,7 @@ def debiased(
     floor = log_count - 1 / temperature
     estimate = jnp.where(room, jnp.maximum(estimate, floor), floor)
     estimate = jnp.where(jnp.isneginf(negative), -jnp.inf, estimate)
-    return _mean(_off_diagonal_mean(jnp.logaddexp(estimate, positive) - positive), valid)
+    return _mean(_off_diagonal_mean(jax.nn.softplus(estimate - positive)), valid)
 
 
 def sup_con(
@@ -125,9 +126,10 @@ def sup_con(
     and the loss is the mean over the rows with at least one positive (0 if there is none). Several views of an image
     are several rows of the same id; the paper's factor temperature / base_temperature is left out.
     """
-    stats, _ = statistics(SoftmaxLaw(columns=False, counted="others", positives=True), _tower(x, 1 / temperature, ids, mask))
+    law = SoftmaxLaw(columns=False, counted="others", positives=True)
+    stats, _ = statistics(law, _tower(x, (1 / temperature) ** 0.5, ids, mask))
     found = stats.count > 0
-    losses = jnp.where(found, stats.log_sum - stats.positives / jnp.maximum(stats.count, 1), 0)
+    losses = jnp.where(found, stats.log_sum - stats.mean_positive, 0)
     return losses.sum() / jnp.maximum(found.sum(), 1)
 
 
@@ -150,17 +152,16 @@ def info_nce(
     The negatives n are the other keys of the batch or, where `negatives` is given, its rows alone (a queue or memory
     bank; MoCo, He et al., 2020, eq. 1). `margin` is subtracted from the positive cosine (InterCLR uses a negative one).
     """
-    rows, keys = _tower(query, 1 / temperature, mask=mask), _tower(key, mask=mask)
+    rows, keys = _comparable(_tower(query, 1 / temperature, mask=mask), _tower(key, mask=mask))
     positive = _pairs(rows, keys) - margin / temperature
     if negatives is None:
-        rows, keys = _same_type(_numbered(rows), _numbered(keys))
-        stats, _ = statistics(SoftmaxLaw(columns=False, counted="different"), rows, keys)
+        stats, _ = statistics(SoftmaxLaw(columns=False, counted="different"), _numbered(rows), _numbered(keys))
     else:
-        rows, bank = _same_type(rows, _tower(negatives))
+        rows, bank = _comparable(rows, _tower(negatives))
         # Every row of the bank exists: a mask is about queries only.
         bank = bank if mask is None else bank._replace(valid=jnp.ones(len(bank.x), bool))
         stats, _ = statistics(SoftmaxLaw(columns=False), rows, bank, bank=True)
-    return _mean(jnp.logaddexp(stats.log_sum, positive) - positive, mask, weights)
+    return _mean(jax.nn.softplus(stats.log_sum - positive), mask, weights)
 
 
 def clip_softmax(
@@ -190,7 +191,7 @@ def clip_softmax(
     """
     if ids is not None and margin:
         raise ValueError("clip_softmax takes ids or a margin: a margin belongs to one positive per row")
-    images, texts = _same_type(_tower(image, scale, ids, mask), _tower(text, 1.0, ids, mask))
+    images, texts = _comparable(_tower(image, scale, ids, mask), _tower(text, 1.0, ids, mask))
     if ids is None:
         images, texts = _numbered(images), _numbered(texts)
         law = SoftmaxLaw(columns=True, counted="different")
@@ -201,12 +202,13 @@ def clip_softmax(
     def losses(side: Softmax, anchors: Tower, others: Tower) -> Array:
         if side.positives is None:
             target = _pairs(images, texts) - scale * margin
-            log_sum = jnp.logaddexp(side.log_sum, target)
+            losses = jax.nn.softplus(side.log_sum - target)  # a small loss is no difference of large logits
         else:
-            target, log_sum = side.positives / jnp.maximum(side.count, 1), side.log_sum
+            target = side.mean_positive
+            losses = side.log_sum - target
         if label_smoothing:
-            target = (1 - label_smoothing) * target + label_smoothing * _mean_logit(anchors, others, mask)
-        return log_sum - target
+            losses += label_smoothing * (target - _mean_logit(anchors, others, mask))
+        return losses
 
     return _mean((losses(sides[0], images, texts) + losses(sides[1], texts, images)) / 2, mask, weights)
 
@@ -227,7 +229,7 @@ def sigmoid(
     the loss is -(1 / B) sum_i sum_j log sigmoid(z_ij S_ij). `scale` is exp(t') of the learned t' (10 at the start);
     `bias` is learned as it is (-10 at the start).
     """
-    images, texts = _same_type(_tower(image, scale, ids, mask), _tower(text, 1.0, ids, mask))
+    images, texts = _comparable(_tower(image, scale, ids, mask), _tower(text, 1.0, ids, mask))
     if ids is None:
         images, texts = _numbered(images), _numbered(texts)
     losses, _ = statistics(SigmoidLaw(), images, texts, bias)
@@ -252,12 +254,10 @@ def similarity_distillation(
     gradient. `only_right` leaves out, in each direction, the rows whose teacher prefers another partner (Mod-X, Ni et
     al., ICML 2023, where the loss is the *sum* over rows: multiply by B).
     """
-    teachers = [
-        jax.lax.stop_gradient(_tower(x, s)) for x, s in ((teacher_image, teacher_scale), (teacher_text, 1.0))
-    ]
+    teachers = [jax.lax.stop_gradient(_tower(x, s)) for x, s in ((teacher_image, teacher_scale), (teacher_text, 1.0))]
     teacher_pair = _pairs(*teachers)
-    images, texts = _same_type(_tower(image, scale, mask=mask), _tower(text, mask=mask))
-    teachers = _same_type(*teachers)
+    images, texts = _comparable(_tower(image, scale, mask=mask), _tower(text, mask=mask))
+    teachers = _comparable(*teachers)
     images, texts = images._replace(teacher=teachers[0]), texts._replace(teacher=teachers[1])
     sides = statistics(DistillationLaw(columns=True), images, texts)
 
@@ -287,6 +287,9 @@ def _inverse_length(x: Float[Array, "*b d"], eps: float = EPS) -> Float[Array, "
 def _tower(x: Array, scale: Any = 1.0, ids: Array | None = None, mask: Array | None = None) -> Tower:
     if x.ndim != 2:
         raise ValueError(f"embeddings must be [rows, dim], got shape {list(x.shape)}")
+    for name, values in (("ids", ids), ("mask", mask)):
+        if values is not None and values.shape != x.shape[:1]:
+            raise ValueError(f"{name} must have one entry per row: {len(x)} rows, shape {list(values.shape)}")
     x = x if x.dtype in (jnp.float32, jnp.bfloat16) else x.astype(jnp.float32)
     return Tower(x, _inverse_length(x) * jnp.asarray(scale, jnp.float32), ids, None, mask)
 
@@ -296,7 +299,10 @@ def _numbered(tower: Tower) -> Tower:
     return tower._replace(ids=jnp.arange(len(tower.x), dtype=jnp.int32))
 
 
-def _same_type(a: Tower, b: Tower) -> tuple[Tower, Tower]:
+def _comparable(a: Tower, b: Tower) -> tuple[Tower, Tower]:
+    """Both in one type: the wider of the two."""
+    if a.x.shape[1] != b.x.shape[1]:
+        raise ValueError(f"embeddings of widths {a.x.shape[1]} and {b.x.shape[1]} cannot be compared")
     dtype = jnp.promote_types(a.x.dtype, b.x.dtype)
     return a._replace(x=a.x.astype(dtype)), b._replace(x=b.x.astype(dtype))
 
@@ -332,7 +338,7 @@ def _against_negatives(views: tuple[Array, ...], temperature: Any, mask: Array |
 
     tower = _tower(
         x.reshape(size * count, -1),
-        jnp.sqrt(1 / jnp.asarray(temperature, jnp.float32)),
+        (1 / temperature) ** 0.5,  # both sides are the same tower
         rows(jnp.arange(size, dtype=jnp.int32)),
         None if mask is None else rows(mask),
     )

@@ -20,8 +20,13 @@ class Softmax(NamedTuple):
     """Per row: the log-sum-exp over the columns that count, and the sum and number of its positives' logits."""
 
     log_sum: Float[Array, " n"]  # -inf where no column counts
-    positives: Float[Array, " n"] | None = None
-    count: Float[Array, " n"] | None = None
+    positives: Any = None
+    count: Any = None
+
+    @property
+    def mean_positive(self) -> Float[Array, " n"]:
+        """The mean logit of the positives; 0 where there is none."""
+        return self.positives / jnp.maximum(self.count, 1)
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,12 @@ class SoftmaxLaw:
     def gradient(self, logits: Array, rows: Tower, columns: Tower, of_rows: Results, of_columns: Results) -> Array:
         counted, same = self._counted(rows, columns), self._same(rows, columns)
         sides = [(r, shape) for r, shape in ((of_rows, (-1, 1)), (of_columns, (1, -1))) if r.value is not None]
-        d = sum(
+        d: Any = sum(
             r.cotangent.log_sum.reshape(shape) * jnp.exp(logits - r.value.log_sum.reshape(shape)) for r, shape in sides
         )
         d = where(counted, d, 0)
         if same is not None:
-            d += where(same, sum(r.cotangent.positives.reshape(shape) for r, shape in sides), 0)
+            d += jnp.where(same, sum(r.cotangent.positives.reshape(shape) for r, shape in sides), 0)
         return d
 
     def _counted(self, rows: Tower, columns: Tower) -> Mask:
@@ -78,8 +83,6 @@ class SoftmaxLaw:
 class SigmoidLaw:
     """Per row: the sum over columns of -log sigmoid(z L), z = 1 where the ids are equal and -1 elsewhere."""
 
-    columns: bool = False
-
     def partials(self, logits: Array, rows: Tower, columns: Tower) -> tuple[Any, Any]:
         losses = jnp.where(_apart(rows.ids, columns.ids), jax.nn.softplus(logits), jax.nn.softplus(-logits))
         return jnp.sum(where(_valid(rows, columns), losses, 0), 1), None
@@ -89,7 +92,10 @@ class SigmoidLaw:
 
     def gradient(self, logits: Array, rows: Tower, columns: Tower, of_rows: Results, of_columns: Results) -> Array:
         pair = jnp.where(_apart(rows.ids, columns.ids), 0.0, 1.0)
-        return where(_valid(rows, columns), of_rows.cotangent[:, None] * (jax.nn.sigmoid(logits) - pair), 0)
+        weight = of_rows.cotangent[:, None]
+        if of_columns.value is not None:
+            weight = weight + of_columns.cotangent[None, :]
+        return where(_valid(rows, columns), weight * (jax.nn.sigmoid(logits) - pair), 0)
 
 
 class Divergence(NamedTuple):
@@ -149,12 +155,14 @@ def _log_sum(logits: Array, axis: int, weights: Array | None = None) -> LogSum:
 
 
 def _teacher(rows: Tower, columns: Tower) -> Array:
-    assert rows.teacher is not None and columns.teacher is not None
+    assert rows.teacher is not None
+    assert columns.teacher is not None
     return logits(rows.teacher, columns.teacher)
 
 
 def _apart(a: Array | None, b: Array | None) -> Bool[Array, "r c"]:
-    assert a is not None and b is not None
+    assert a is not None
+    assert b is not None
     return a[:, None] != b[None, :]
 
 

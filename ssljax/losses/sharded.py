@@ -7,7 +7,7 @@ by a psum of a few numbers per column. A tower compared with itself is symmetric
 
 Which form: gather while the fetched tower and its float32 gradient stay below `GATHER_LIMIT`, else the ring.
 
-The gradient is written out (`jax.custom_vjp` around the `shard_map`s): differentiating the sweep would store every tile.
+The gradient is written out, a `jax.custom_vjp` around the `shard_map`s: autodiff of the sweep would store every tile.
 """
 
 import math
@@ -26,8 +26,6 @@ BATCH_AXES = ("replica", "fsdp")  # mesh axes over which the rows of a batch are
 GATHER_LIMIT = 2**30  # bytes: of a gathered tower and its gradient, on each device
 # Rows (and columns) of a tile: 4 MiB of logits stay in the cache of a CPU; accelerators want more work per step.
 TILE = {"cpu": 1024, "default": 4096}
-
-NONE = Results(None, None)
 
 
 def batch_axes() -> tuple[str, ...]:
@@ -72,9 +70,7 @@ def statistics(law: Law, rows: Tower, columns: Tower | None = None, bias: Any = 
     if columns is None:
         rows = rows._replace(position=jnp.arange(size, dtype=jnp.int32))
     elif not bank and len(columns.x) != size:
-        raise ValueError(
-            f"paired embeddings must have one row per example each; got {size} and {len(columns.x)} rows"
-        )
+        raise ValueError(f"paired embeddings must have one row per example each; got {size} and {len(columns.x)} rows")
     axes, shards = batch_axes(), batch_shards()
     if size % shards:
         low = size // shards * shards
@@ -100,7 +96,9 @@ def _forward(law: Law, layout: Layout, rows: Tower, columns: Tower | None, bias:
         stats = _sweep_forward(law, rows, against, bias)
         results = law.finish(stats[0]), law.finish(stats[1])
     elif layout.ring:
-        of_shard = jax.shard_map(partial(_ring_forward, law, layout.axes), in_specs=(split, split, whole), out_specs=split)
+        of_shard = jax.shard_map(
+            partial(_ring_forward, law, layout.axes), in_specs=(split, split, whole), out_specs=split
+        )
         results = of_shard(rows, against, bias)
     else:
         # Gathered out here, not in `shard_map`, and kept: the backward pass needs no second gather.
@@ -123,7 +121,7 @@ def _backward(law: Law, layout: Layout, saved: tuple, cotangents: tuple) -> tupl
     if itself:  # the table is symmetric: a row is also a column, and the row's gradient is all
         of_columns = of_rows
     if not layout.axes:
-        gradients = _sweep_backward(law, rows, columns, bias, of_rows, of_columns, not itself)
+        gradients = _sweep_backward(law, not itself, rows, columns, bias, of_rows, of_columns)
     elif layout.ring:
         gradients = jax.shard_map(
             partial(_ring_backward, law, layout.axes, itself),
@@ -133,7 +131,7 @@ def _backward(law: Law, layout: Layout, saved: tuple, cotangents: tuple) -> tupl
     else:
 
         def of_shard(*arguments: Any) -> tuple:
-            d_rows, d_columns, d_bias = _sweep_backward(law, *arguments, not itself)
+            d_rows, d_columns, d_bias = _sweep_backward(law, not itself, *arguments)
             if layout.columns == "bank":
                 d_columns = jax.lax.psum(d_columns, layout.axes)
             elif not itself:
@@ -164,9 +162,9 @@ def _sweep_forward(law: Law, rows: Tower, columns: Tower, bias: Array | None) ->
     return jax.lax.platform_dependent(rows, columns, bias, **forms)
 
 
-def _sweep_backward(law: Law, rows: Any, columns: Any, bias: Any, of_rows: Any, of_columns: Any, both: bool) -> tuple:
+def _sweep_backward(law: Law, both: bool, *arguments: Any) -> tuple:
     forms = {name: partial(sweep.backward, law, tile=tile, column_gradient=both) for name, tile in TILE.items()}
-    return jax.lax.platform_dependent(rows, columns, bias, of_rows, of_columns, **forms)
+    return jax.lax.platform_dependent(*arguments, **forms)
 
 
 # The ring: blocks of columns visit every device. The next one is under way while the sweep works on this one.
@@ -203,14 +201,12 @@ def _ring_backward(
     of_rows: Results,
     of_columns: Results,
 ) -> tuple:
-    like = jax.eval_shape(
-        lambda *arguments: _sweep_backward(law, *arguments, not itself), rows, columns, bias, of_rows, of_columns
-    )
+    like = jax.eval_shape(partial(_sweep_backward, law, not itself), rows, columns, bias, of_rows, of_columns)
 
     def visit(carry: tuple, _: None) -> tuple:
         block, (d_rows, d_columns, d_bias) = carry
         coming = _pass_on(axes, block)
-        of_block = _sweep_backward(law, rows, block[0], bias, of_rows, block[1], not itself)
+        of_block = _sweep_backward(law, not itself, rows, block[0], bias, of_rows, block[1])
         d_rows, d_columns, d_bias = sweep.merge((d_rows, d_columns, d_bias), of_block)
         return (coming, (d_rows, _pass_on(axes, d_columns), d_bias)), None
 

@@ -40,11 +40,14 @@ class LogSum(NamedTuple):
         """log of the sum; -inf where nothing was summed."""
         return jnp.where(self.peak > MASKED / 2, self.peak + jnp.log(self.total), -jnp.inf)
 
+    def at(self, peak: Array) -> "LogSum":
+        """The same sums relative to another peak."""
+        factor = jnp.exp(self.peak - peak)
+        return LogSum(peak, self.total * factor, None if self.weighted is None else self.weighted * factor)
+
 
 class Law(Protocol):
     """What a loss sums over a tile of logits, and what its gradient there is. Statistics are trees of [n] arrays."""
-
-    columns: bool  # whether columns have statistics of their own
 
     def partials(self, logits: Array, rows: Tower, columns: Tower) -> tuple[Any, Any]:
         """Statistics of the tile's rows and of its columns (None without)."""
@@ -68,7 +71,7 @@ class Results(NamedTuple):
 
 def logits(rows: Tower, columns: Tower, bias: Array | None = None) -> Float[Array, "r c"]:
     """A tile of the table."""
-    # By default TPUs and recent GPUs multiply float32 in bfloat16 or TF32: off by 1e-3 in a cosine, by 0.1 at scale 100.
+    # TPUs and recent GPUs multiply float32 in bfloat16 or TF32 by default: 1e-3 off in a cosine, 0.1 at scale 100.
     highest = jax.lax.Precision.HIGHEST
     table = jnp.einsum("id,jd->ij", rows.x, columns.x, precision=highest, preferred_element_type=jnp.float32)
     table = table * (rows.factor[:, None] * columns.factor[None, :])
@@ -117,8 +120,8 @@ def backward(
     def product(equation: str, a: Array, b: Array) -> Array:
         return jnp.einsum(equation, a, b, precision=highest, preferred_element_type=jnp.float32)
 
-    def over_columns(sums: tuple[Array, Any], columns: tuple[Tower, Results]) -> tuple[Any, Any]:
-        columns, of_columns = columns
+    def over_columns(sums: tuple[Array, Any], tile: tuple[Tower, Results]) -> tuple[Any, Any]:
+        columns, of_columns = tile
 
         def over_rows(i: Array, sums: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
             of_rows, of_bias, of_tile = sums
@@ -133,8 +136,8 @@ def backward(
             return of_rows, of_bias, of_tile
 
         transposed = zeros(columns.x.shape[::-1], *some) if column_gradient else None
-        *sums, of_tile = jax.lax.fori_loop(0, len(row_tiles.x), over_rows, (*sums, transposed))
-        return tuple(sums), of_tile.T if column_gradient else None
+        of_rows, of_bias, of_tile = jax.lax.fori_loop(0, len(row_tiles.x), over_rows, (*sums, transposed))
+        return (of_rows, of_bias), None if of_tile is None else of_tile.T
 
     start = zeros(row_tiles.x.shape, *some), None if bias is None else zeros((), *some)
     (of_rows, of_bias), of_columns = jax.lax.scan(over_columns, start, (column_tiles, column_results))
@@ -148,8 +151,7 @@ def merge(a: Any, b: Any) -> Any:
         if not isinstance(a, LogSum):
             return a + b
         peak = jnp.maximum(a.peak, b.peak)
-        down, up = jnp.exp(a.peak - peak), jnp.exp(b.peak - peak)
-        return LogSum(peak, *(None if x is None else x * down + y * up for x, y in zip(a[1:], b[1:], strict=True)))
+        return LogSum(peak, *jax.tree.map(jnp.add, a.at(peak)[1:], b.at(peak)[1:]))
 
     return jax.tree.map(both, a, b, is_leaf=_is_log_sum)
 
@@ -161,8 +163,7 @@ def merge_over(axes: tuple[str, ...], stats: Any) -> Any:
         if not isinstance(x, LogSum):
             return jax.lax.psum(x, axes)
         peak = jax.lax.pmax(x.peak, axes)
-        up = jnp.exp(x.peak - peak)
-        return LogSum(peak, *(None if y is None else jax.lax.psum(y * up, axes) for y in x[1:]))
+        return LogSum(peak, *jax.lax.psum(x.at(peak)[1:], axes))
 
     return jax.tree.map(together, stats, is_leaf=_is_log_sum)
 
@@ -172,7 +173,7 @@ def nothing(like: Any, *varying: Array, stack: int | None = None) -> Any:
 
     def none(x: Any) -> Any:
         if isinstance(x, LogSum):
-            return LogSum(none(x.peak) + MASKED, *(None if y is None else none(y) for y in x[1:]))
+            return jax.tree.map(none, x)._replace(peak=none(x.peak) + MASKED)
         return zeros(x.shape if stack is None else (stack, *x.shape), *varying)
 
     return jax.tree.map(none, like, is_leaf=_is_log_sum)
@@ -180,7 +181,7 @@ def nothing(like: Any, *varying: Array, stack: int | None = None) -> Any:
 
 def zeros(shape: tuple[int, ...], *varying: Array) -> Float[Array, "..."]:
     """float32 zeros that vary over the manual mesh axes over which any of `varying` does: a loop's carry must."""
-    return sum(jnp.zeros_like(x, jnp.float32, shape) for x in varying)
+    return sum((jnp.zeros_like(x, jnp.float32, shape) for x in varying), start=jnp.zeros(shape))
 
 
 def _is_log_sum(x: Any) -> bool:
@@ -203,7 +204,7 @@ def _tiles(rows: Tower, columns: Tower, tile: int) -> tuple[Tower, Tower]:
 
 
 def _tile_size(n: int, most: int) -> int:
-    """The largest size up to `most` that divides n, if one is at least half of it; else `most`, and the last is padded."""
+    """The largest size up to `most` that divides n, if one is over half of it; else `most`: the last tile is padded."""
     if n <= most:
         return n
     return next((size for size in range(most, most // 2, -1) if n % size == 0), most)
