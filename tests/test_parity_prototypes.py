@@ -1,4 +1,4 @@
-"""Losses over prototypes and batch statistics against PyTorch in float64: formulas stated here, and those of lightly."""
+"""Losses over prototypes and batch statistics against PyTorch in float64: formulas stated here, and lightly."""
 
 import importlib
 
