@@ -75,8 +75,9 @@ def update_centre(
 ) -> Float[Array, " k"]:
     """DINO's running mean of the teacher's outputs (eq. 4): momentum * centre + (1 - momentum) * mean(teacher).
 
-    The mean is over all rows of the global batch where `mask` is True; without any, the centre stays. DINOv2 averages
-    each device's mean, so that a patch counts more where fewer are masked, and applies the update one step late.
+    The mean is over all rows of the global batch where `mask` is True; without any, the centre stays. A step's targets
+    take the centre of the steps before it. DINOv2's iBOT averages the means of the devices instead, so that a patch
+    counts more on a device where fewer are masked.
     """
     teacher = jax.lax.stop_gradient(teacher).astype(jnp.float32)
     rows = tuple(range(teacher.ndim - 1))
