@@ -1,4 +1,6 @@
-"""The contrastive losses once more: dense tables, float64, straight from the equations; gradients by autodiff of those.
+"""What tests of losses share: meshes, rows, and the contrastive losses once more.
+
+Those are dense tables in float64, straight from the equations; their gradients are autodiff of that.
 
 A mask is applied by cutting the masked rows out of every array: the definition of what the losses do with them.
 """
@@ -7,6 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.nn import log_softmax, logsumexp
+from jax.sharding import AxisType
+
+
+def make_mesh(shape):
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, ("replica", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def rows(seed, n=16, d=6):
+    """n rows, and n more that resemble them one by one."""
+    rng = np.random.default_rng(seed)
+    a = rng.normal(size=(n, d)).astype(np.float32)
+    return a, (a + rng.normal(size=(n, d))).astype(np.float32)
 
 
 def value_and_gradients(loss, arguments):
@@ -15,6 +30,19 @@ def value_and_gradients(loss, arguments):
         arguments = [jnp.asarray(np.asarray(x, np.float64)) for x in arguments]
         value, gradients = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(arguments)))))(*arguments)
         return float(value), [np.asarray(g) for g in gradients]
+
+
+def numeric_gradient(fn, arguments, position, h=1e-5):
+    """Central differences in float64, one coordinate at a time: for references in plain numpy."""
+    arguments = [np.array(x, np.float64) for x in arguments]
+    gradient = np.zeros_like(arguments[position])
+    for i in np.ndindex(gradient.shape):
+        up, down = arguments[position].copy(), arguments[position].copy()
+        up[i] += h
+        down[i] -= h
+        values = [fn(*arguments[:position], x, *arguments[position + 1 :]) for x in (up, down)]
+        gradient[i] = (values[0] - values[1]) / (2 * h)
+    return gradient
 
 
 def unit(x):

@@ -14,27 +14,15 @@ import loss64
 import numpy as np
 import pytest
 from beartype import beartype
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import TypeCheckError, jaxtyped
+from loss64 import make_mesh, rows
 from small import quick_compilation  # noqa: F401
 
 from ssljax import losses
 from ssljax.losses import sharded
 from ssljax.losses.sharded import BATCH_AXES
 from ssljax.mesh import BATCH
-
-D = 6
-
-
-def make_mesh(shape):
-    devices = jax.devices()[: int(np.prod(shape))]
-    return jax.make_mesh(shape, ("replica", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
-
-
-def rows(seed, n=16, d=D):
-    rng = np.random.default_rng(seed)
-    a = rng.normal(size=(n, d)).astype(np.float32)
-    return a, (a + rng.normal(size=(n, d))).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -217,7 +205,7 @@ def test_float32_equals_float64(form):
     "form", ["one device, ragged tiles", "8 devices, ragged tiles", "8 devices, ring"], indirect=True
 )
 def test_bfloat16_equals_float64(form):
-    """As of the rounded inputs. dL before its products and the gradients are rounded again, by 2^-9; sums amplify it."""
+    """dL before its products, and the gradients, are rounded once more, by 2^-9; sums amplify it."""
     mesh, n = form
     got = evaluate(cases(n, jnp.bfloat16), jnp.bfloat16, mesh)
     assert all(value.dtype == jnp.float32 for value, _ in got.values())

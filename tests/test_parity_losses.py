@@ -1,4 +1,8 @@
-"""Losses against PyTorch: values and gradients of formulas stated there and of transformers' CLIP and SigLIP."""
+"""Losses against PyTorch: values and gradients of formulas stated there, and of the libraries people use.
+
+transformers' CLIP and SigLIP, open_clip's ClipLoss and SigLipLoss, pytorch_metric_learning's NTXentLoss and SupConLoss
+and lightly's decoupled losses, each where it is installed.
+"""
 
 import warnings
 
@@ -49,7 +53,7 @@ def torch_nt_xent(a, b, temperature):
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
 @pytest.mark.parametrize("n", [2, 33])
 def test_nt_xent(n, temperature):
-    compare(losses.nt_xent, torch_nt_xent, pairs(0, n), [temperature])
+    compare(lambda a, b, t: losses.nt_xent(a, b, temperature=t), torch_nt_xent, pairs(0, n), [temperature])
 
 
 def test_queue():
@@ -147,3 +151,57 @@ def torch_clip(image, text, scale):
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
 def test_clip_softmax(scale):
     compare(losses.clip_softmax, torch_clip, pairs(3, 17), [scale])
+
+
+def unit(x):
+    return torch.nn.functional.normalize(x, dim=1)
+
+
+@pytest.mark.parametrize("scale", [14.3, 100.0])
+def test_clip_softmax_equals_open_clip(scale):
+    theirs = pytest.importorskip("open_clip", reason="needs open_clip_torch").ClipLoss()
+    compare(losses.clip_softmax, lambda i, t, s: theirs(unit(i), unit(t), s), pairs(4, 33), [scale])
+
+
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (118.0, -12.7)])
+def test_sigmoid_equals_open_clip(scale, bias):
+    theirs = pytest.importorskip("open_clip", reason="needs open_clip_torch").SigLipLoss()
+    compare(losses.sigmoid, lambda i, t, s, b: theirs(unit(i), unit(t), s, b), pairs(4, 33), [scale, bias])
+
+
+def metric_learning():
+    return pytest.importorskip("pytorch_metric_learning.losses", reason="needs pytorch_metric_learning")
+
+
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_nt_xent_equals_pytorch_metric_learning(views, temperature):
+    theirs = metric_learning().NTXentLoss(temperature)
+    arrays = [*pairs(5, 17), pairs(6, 17)[1]][:views]
+    labels = torch.arange(17).repeat(views)
+    compare(
+        lambda *x: losses.nt_xent(*x, temperature=temperature),
+        lambda *x: theirs(torch.cat(x), labels),
+        arrays,
+        [],
+    )
+
+
+def test_sup_con_equals_pytorch_metric_learning():
+    """Whose mean is over anchors with a positive, like ours."""
+    theirs = metric_learning().SupConLoss(0.1)
+    ids = np.random.default_rng(0).integers(0, 9, 40)
+    ids[:2] = 90, 91  # nobody else's
+    compare(
+        lambda x: losses.sup_con(x, jnp.asarray(ids), 0.1), lambda x: theirs(x, torch.tensor(ids)), pairs(7, 40)[:1], []
+    )
+
+
+@pytest.mark.parametrize("sigma", [None, 0.5])
+def test_decoupled_equals_lightly(sigma):
+    """lightly's is one direction's mean at a time, then half of both."""
+    theirs = pytest.importorskip("lightly.loss", reason="needs lightly")
+    loss = theirs.DCLLoss(temperature=0.1) if sigma is None else theirs.DCLWLoss(temperature=0.1, sigma=sigma)
+    compare(
+        lambda a, b: losses.decoupled(a, b, temperature=0.1, sigma=sigma), lambda a, b: loss(a, b), pairs(8, 19), []
+    )

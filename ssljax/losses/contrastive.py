@@ -9,6 +9,7 @@ None makes the B x B table of similarities: `ssljax.losses.sharded` sweeps it in
 So memory is linear in the batch. Rows with `mask` False neither ask nor answer: they are no anchors and no negatives.
 """
 
+import itertools
 from typing import Any
 
 import jax
@@ -46,8 +47,8 @@ def nt_xent(
     negatives. `weights` multiply an image's losses (GenView; the mean still divides by the number of images). One
     image alone has no negatives: its loss is 0.
     """
-    positive, negative, valid = _against_negatives(views, temperature, mask)
-    return _mean(_off_diagonal_mean(jax.nn.softplus(negative[:, :, None] - positive)), valid, weights)
+    positive, negative = _against_negatives(views, temperature, mask)
+    return _mean(jax.nn.softplus(negative - positive), mask, weights)
 
 
 def decoupled(
@@ -64,13 +65,12 @@ def decoupled(
     """
     if views and len(views[0]) < 2:
         raise ValueError("without negatives this loss has no lower end: it needs at least two images")
-    positive, negative, valid = _against_negatives(views, temperature, mask)
-    weight = jnp.ones_like(positive)
+    positive, negative = _against_negatives(views, temperature, mask)
+    weight: Any = 1.0
     if sigma is not None:
         e = jax.lax.stop_gradient(jnp.exp(positive * temperature / sigma))
-        keep = jnp.ones(len(e), bool) if valid is None else valid
-        weight = 2 - e / (jnp.sum(jnp.where(keep[:, None, None], e, 0), 0) / keep.sum())
-    return _mean(_off_diagonal_mean(negative[:, :, None] - weight * positive), valid)
+        weight = 2 - e / (jnp.mean(e, axis=0) if mask is None else jnp.mean(e, axis=0, where=mask[:, None, None]))
+    return _mean(negative - weight * positive, mask)
 
 
 def debiased(
@@ -93,22 +93,21 @@ def debiased(
     """
     if not 0 <= prior < 1:
         raise ValueError(f"prior is the probability that a negative is a false one, in [0, 1); got {prior}")
-    positive, plain, valid = _against_negatives(views, temperature, mask)
-    images = len(positive) if valid is None else valid.sum()
+    positive, negative = _against_negatives(views, temperature, mask)
+    images = len(positive) if mask is None else mask.sum()
     log_count = jnp.log(jnp.maximum((images - 1.0) * len(views), 1.0))
-    negative = plain
+    estimate = negative
     if hardness:
-        powered = _against_negatives(views, temperature / (1 + hardness), mask)[1]
-        negative = powered - _against_negatives(views, temperature / hardness, mask)[1] + log_count
-    negative = negative[:, :, None]
-    # (R - M prior p) / (1 - prior) in logs; where it would not be positive the floor takes over
-    gap = jnp.log(prior) + log_count + positive - negative if prior else jnp.full_like(positive, -jnp.inf)
-    room = gap < 0
-    estimate = negative + jnp.log1p(-jnp.exp(jnp.where(room, gap, -jnp.inf))) - jnp.log1p(-prior)
+        sums = [_against_negatives(views, temperature / power, mask)[1] for power in (1 + hardness, hardness)]
+        estimate = sums[0] - sums[1] + log_count
+    # (R - M prior p) / (1 - prior) in logarithms; where that is not positive the floor takes over.
+    share = jnp.log(prior) + log_count + positive - estimate if prior else jnp.full_like(estimate, -jnp.inf)
+    room = share < 0
+    estimate += jnp.log1p(-jnp.exp(jnp.where(room, share, -jnp.inf))) - jnp.log1p(-prior)
     floor = log_count - 1 / temperature
     estimate = jnp.where(room, jnp.maximum(estimate, floor), floor)
-    estimate = jnp.where(jnp.isneginf(negative), -jnp.inf, estimate)
-    return _mean(_off_diagonal_mean(jax.nn.softplus(estimate - positive)), valid)
+    estimate = jnp.where(jnp.isneginf(negative), -jnp.inf, estimate)  # no negatives at all
+    return _mean(jax.nn.softplus(estimate - positive), mask)
 
 
 def sup_con(
@@ -321,40 +320,30 @@ def _mean_logit(rows: Tower, columns: Tower, mask: Array | None) -> Float[Array,
     return jnp.sum(rows.x.astype(jnp.float32) * column, axis=-1) * rows.factor
 
 
-def _against_negatives(views: tuple[Array, ...], temperature: Any, mask: Array | None) -> tuple[Array, Array, Any]:
-    """Logits of every pair of views [B, V, V], log-sum-exp of every view's negatives [B, V], and the mask."""
+def _against_negatives(views: tuple[Array, ...], temperature: Any, mask: Array | None) -> tuple[Array, Array]:
+    """Of all P pairs of views: their logits [B, P, 1], and the log-sum-exp of the negatives of both ends [B, P, 2]."""
     if len(views) < 2:
         raise ValueError(f"a contrastive loss over views needs at least two, got {len(views)}")
     if len({x.shape for x in views}) > 1:
         raise ValueError(f"views must be alike, one row per example each; got shapes {[list(x.shape) for x in views]}")
     size, count = len(views[0]), len(views)
     # Image by image, so that rows stay on the devices they came from.
-    x = jnp.stack(views, axis=1)
-    unit = l2_normalize(x)
-    positive = jnp.einsum("bud,bvd->buv", unit, unit, precision="highest") / temperature
-
-    def rows(values: Array) -> Array:
-        return jnp.repeat(values, count)
-
-    tower = _tower(
-        x.reshape(size * count, -1),
-        (1 / temperature) ** 0.5,  # both sides are the same tower
-        rows(jnp.arange(size, dtype=jnp.int32)),
-        None if mask is None else rows(mask),
-    )
+    rows = jnp.stack(views, axis=1).reshape(size * count, -1)
+    ids = jnp.repeat(jnp.arange(size, dtype=jnp.int32), count)
+    valid = None if mask is None else jnp.repeat(mask, count)
+    tower = _tower(rows, (1 / temperature) ** 0.5, ids, valid)  # it is both sides: half of 1 / temperature each
     stats, _ = statistics(SoftmaxLaw(columns=False, counted="different"), tower)
-    return positive, stats.log_sum.reshape(size, count), mask
+    factor, negative = tower.factor.reshape(size, count), stats.log_sum.reshape(size, count)
+    pairs = list(itertools.combinations(range(count), 2))
+    positive = [_pairs(*(Tower(views[u], factor[:, u]) for u in pair)) for pair in pairs]
+    return jnp.stack(positive, axis=1)[:, :, None], negative[:, jnp.array(pairs)]
 
 
-def _off_diagonal_mean(pairs: Float[Array, "b v v"]) -> Float[Array, " b"]:
-    """The mean over ordered pairs of different views."""
-    views = pairs.shape[-1]
-    different = ~jnp.eye(views, dtype=bool)
-    return jnp.sum(jnp.where(different, pairs, 0), axis=(1, 2)) / (views * (views - 1))
-
-
-def _mean(losses: Float[Array, " b"], mask: Array | None = None, weights: Array | None = None) -> Float[Array, ""]:
-    """The mean over the rows of the mask, each loss times its weight; 0 if the mask is empty."""
+def _mean(
+    losses: Float[Array, "b *pairs"], mask: Array | None = None, weights: Array | None = None
+) -> Float[Array, ""]:
+    """The mean over pairs, then over the rows of the mask, each row times its weight; 0 if the mask is empty."""
+    losses = losses.reshape(len(losses), -1).mean(axis=1)
     if mask is not None:
         losses = jnp.where(mask, losses, 0)
     if weights is not None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ssljax.losses.sweep import MASKED, LogSum, Results, Tower, logits
+from ssljax.losses.sweep import MASKED, LogSum, Nearest, Results, Tower, logits
 
 Mask = Bool[Array, "r c"] | None
 
@@ -141,6 +141,24 @@ class DistillationLaw:
                 log_sum, teacher_log_sum = r.value.log_sum.reshape(shape), r.value.teacher_log_sum.reshape(shape)
                 d += r.cotangent.kl.reshape(shape) * (jnp.exp(logits - log_sum) - jnp.exp(teacher - teacher_log_sum))
         return where(_valid(rows, columns), d, 0)
+
+
+@dataclass(frozen=True)
+class NearestLaw:
+    """Per row: the most similar other row of the same id. For a search only: no gradient."""
+
+    def partials(self, logits: Array, rows: Tower, columns: Tower) -> tuple[Any, Any]:
+        assert columns.position is not None
+        other = _apart(rows.position, columns.position) & ~_apart(rows.ids, columns.ids)
+        similarity = where(_and(_valid(rows, columns), other), logits, MASKED)
+        best = jnp.argmax(similarity, axis=1)
+        return Nearest(jnp.max(similarity, axis=1), columns.position[best]), None
+
+    def finish(self, partials: Any) -> Any:
+        return partials
+
+    def gradient(self, logits: Array, rows: Tower, columns: Tower, of_rows: Results, of_columns: Results) -> Array:
+        raise TypeError("which row is the nearest has no gradient: stop it at the inputs of the search")
 
 
 def where(mask: Mask, x: Array, other: float) -> Array:

@@ -45,6 +45,20 @@ class LogSum(NamedTuple):
         factor = jnp.exp(self.peak - peak)
         return LogSum(peak, self.total * factor, None if self.weighted is None else self.weighted * factor)
 
+    def merge(self, other: "LogSum") -> "LogSum":
+        peak = jnp.maximum(self.peak, other.peak)
+        return LogSum(peak, *jax.tree.map(jnp.add, self.at(peak)[1:], other.at(peak)[1:]))
+
+
+class Nearest(NamedTuple):
+    """The column of the largest logit so far."""
+
+    peak: Float[Array, " n"]
+    position: Int[Array, " n"]
+
+    def merge(self, other: "Nearest") -> "Nearest":
+        return Nearest(*(jnp.where(other.peak > self.peak, b, a) for a, b in zip(self, other, strict=True)))
+
 
 class Law(Protocol):
     """What a loss sums over a tile of logits, and what its gradient there is. Statistics are trees of [n] arrays."""
@@ -145,19 +159,12 @@ def backward(
 
 
 def merge(a: Any, b: Any) -> Any:
-    """Statistics of two sets of tiles together."""
-
-    def both(a: Any, b: Any) -> Any:
-        if not isinstance(a, LogSum):
-            return a + b
-        peak = jnp.maximum(a.peak, b.peak)
-        return LogSum(peak, *jax.tree.map(jnp.add, a.at(peak)[1:], b.at(peak)[1:]))
-
-    return jax.tree.map(both, a, b, is_leaf=_is_log_sum)
+    """Statistics of two sets of tiles together; plain arrays are sums."""
+    return jax.tree.map(lambda a, b: a.merge(b) if _is_running(a) else a + b, a, b, is_leaf=_is_running)
 
 
 def merge_over(axes: tuple[str, ...], stats: Any) -> Any:
-    """Statistics of all devices together: `merge` over mesh axes."""
+    """Statistics of all devices together: `merge` over mesh axes, of sums and log-sum-exps."""
 
     def together(x: Any) -> Any:
         if not isinstance(x, LogSum):
@@ -165,27 +172,27 @@ def merge_over(axes: tuple[str, ...], stats: Any) -> Any:
         peak = jax.lax.pmax(x.peak, axes)
         return LogSum(peak, *jax.lax.psum(x.at(peak)[1:], axes))
 
-    return jax.tree.map(together, stats, is_leaf=_is_log_sum)
+    return jax.tree.map(together, stats, is_leaf=_is_running)
 
 
 def nothing(like: Any, *varying: Array, stack: int | None = None) -> Any:
     """The statistics of no tile at all, of the shapes in `like` (behind a leading axis of size `stack`)."""
 
     def none(x: Any) -> Any:
-        if isinstance(x, LogSum):
+        if _is_running(x):
             return jax.tree.map(none, x)._replace(peak=none(x.peak) + MASKED)
-        return zeros(x.shape if stack is None else (stack, *x.shape), *varying)
+        return zeros(x.shape if stack is None else (stack, *x.shape), *varying, dtype=x.dtype)
 
-    return jax.tree.map(none, like, is_leaf=_is_log_sum)
-
-
-def zeros(shape: tuple[int, ...], *varying: Array) -> Float[Array, "..."]:
-    """float32 zeros that vary over the manual mesh axes over which any of `varying` does: a loop's carry must."""
-    return sum((jnp.zeros_like(x, jnp.float32, shape) for x in varying), start=jnp.zeros(shape))
+    return jax.tree.map(none, like, is_leaf=_is_running)
 
 
-def _is_log_sum(x: Any) -> bool:
-    return isinstance(x, LogSum)
+def zeros(shape: tuple[int, ...], *varying: Array, dtype: Any = jnp.float32) -> Array:
+    """Zeros that vary over the manual mesh axes over which any of `varying` does: a loop's carry must."""
+    return sum((jnp.zeros_like(x, dtype, shape) for x in varying), start=jnp.zeros(shape, dtype))
+
+
+def _is_running(x: Any) -> bool:
+    return isinstance(x, LogSum | Nearest)
 
 
 # Tiles: arrays [n, ...] as [tiles, rows, ...].
