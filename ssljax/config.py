@@ -54,6 +54,7 @@ class Experiment:
     data: Data
     steps: int
     batch_size: int  # global
+    micro_batches: int = 1  # encode the batch in so many parts, one loss over all: less memory, a third more work
     optim: Optim = Optim()
     mesh: Mesh = Mesh()
     precision: Literal["float32", "bf16"] = "float32"  # of the computation; parameters, losses, statistics: float32
@@ -64,9 +65,14 @@ class Experiment:
     checkpoint: Checkpoints = Checkpoints()
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every"):
+        for name in ("steps", "batch_size", "micro_batches", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.micro_batches > 1 and not getattr(self.method, "supports_micro_batches", False):
+            raise ConfigError(
+                f"micro_batches={self.micro_batches}: {type(self.method).__name__} encodes its batch in one piece; a "
+                "method that can do otherwise says supports_micro_batches = True (docs/add-a-method.md)"
+            )
 
 
 def _public_dataclasses(*modules: types.ModuleType) -> dict[str, type]:

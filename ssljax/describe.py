@@ -84,6 +84,13 @@ def describe(log: MetricLog, run: "Run", workdir: epath.Path, start: int, before
         f"{jax.process_count()} process(es); "
         f"mesh {mesh}; {e.precision}; batch {e.batch_size}; {e.optim.name}, {e.optim.explain_lr(e.batch_size)}"
     )
+    if e.micro_batches > 1:
+        part = e.batch_size // e.micro_batches
+        log.say(f"encoding {e.micro_batches} micro-batches of {part}, one loss over all {e.batch_size} rows")
+        if any(name.split("/")[-1] == "var" for name in jax.tree.leaves(names(run.state_shapes.method))):
+            log.say(
+                f"batch normalisation of the encoders sees {part} rows at a time: this is not the full batch's gradient"
+            )
     if before is not None:
         old, new = dict(flatten(before)), dict(flatten(run.config))
         for name in sorted(old.keys() | new.keys()):

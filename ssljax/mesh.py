@@ -96,13 +96,17 @@ def data_shards(mesh: jax.sharding.Mesh) -> int:
     return mesh.shape["replica"] * mesh.shape["fsdp"]
 
 
-def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh) -> None:
-    """Raises if the rows of a batch do not divide over the mesh, naming sizes that do."""
-    n = data_shards(mesh)
+def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh, micro_batches: int = 1) -> None:
+    """Raises if the rows of a batch (of each micro-batch) do not divide over the mesh, naming sizes that do."""
+    n = data_shards(mesh) * micro_batches
     if batch_size % n:
         low = batch_size // n * n
         sizes = f"{low} or {low + n}" if low else f"{n}"
-        raise ValueError(f"batch size {batch_size} is not divisible by the {n} data shards of the mesh; use {sizes}")
+        parts = f" times {micro_batches} micro-batches" if micro_batches > 1 else ""
+        raise ValueError(
+            f"batch size {batch_size} is not divisible by the {data_shards(mesh)} data shards of the mesh{parts}; "
+            f"use {sizes}"
+        )
 
 
 def process_rows(batch_size: int, mesh: jax.sharding.Mesh) -> slice:

@@ -6,7 +6,7 @@ teacher, queue, batch statistics) is *method state*: a nested dict, sharded, che
 parameters.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -28,6 +28,7 @@ class Context:
     key: Array  # a fresh random key for this step
     step: Array  # int32 scalar, steps taken so far
     progress: Array  # float32 scalar, 0 at the first step, 1 after the last
+    micro_batches: int = field(default=1, metadata={"static": True})  # into how many parts `forward` cuts its rows
 
 
 @runtime_checkable
@@ -38,6 +39,9 @@ class Method(Protocol):
     rows are (positive pairs of) embeddings; the trainer derives collapse diagnostics from the first rows at log steps
     only. A scalar named `"loss/..."` is a term of the loss: when the loss turns NaN the message names the first term
     that is not finite.
+
+    A method whose class says `supports_micro_batches = True` hands `ctx.micro_batches` to `forward` for its large
+    networks and makes one loss of all their outputs.
     """
 
     def init(self, key: Array, batch: Batch) -> tuple[Params, State]:
@@ -70,18 +74,40 @@ def forward(
     *inputs: Any,
     train: bool = True,
     key: Array | None = None,
+    micro_batches: int = 1,
     **kwargs: Any,
 ) -> tuple[Any, State]:
     """Applies a module. Returns its output and the next batch statistics (unchanged with `train=False`).
 
     `key` is needed only by modules with drop-path or dropout, in training.
+
+    With `micro_batches` k > 1 the rows of `inputs` pass in k equal parts, one after the other, and the backward pass
+    computes each part anew: the memory of one part, for one more forward pass. The output is that of all
+    rows, so the loss and its gradient are those of the full batch, up to rounding. Part c is rows c, c + k, c + 2k, ...
+    (these lie on all devices alike). Batch normalisation sees one part at a time; its running averages take the mean.
     """
     variables = {"params": params, "batch_stats": stats}
-    rngs = {} if key is None else {"dropout": key}
     if not train:
         return module.apply(variables, *inputs, train=False, **kwargs), stats
-    output, changed = module.apply(variables, *inputs, train=True, rngs=rngs, mutable=["batch_stats"], **kwargs)
-    return output, dict(changed).get("batch_stats", stats)
+
+    def apply(variables: Any, key: Array | None, *inputs: Any) -> tuple[Any, State]:
+        rngs = {} if key is None else {"dropout": key}
+        output, changed = module.apply(variables, *inputs, train=True, rngs=rngs, mutable=["batch_stats"], **kwargs)
+        return output, dict(changed).get("batch_stats", stats)
+
+    if micro_batches == 1:
+        return apply(variables, key, *inputs)
+
+    def split(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0)
+
+    def join(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+
+    keys = None if key is None else jax.random.split(key, micro_batches)
+    of_part = jax.checkpoint(apply, prevent_cse=False)  # the loop keeps the parts apart already
+    outputs, stats = jax.lax.map(lambda part: of_part(variables, *part), (keys, *jax.tree.map(split, inputs)))
+    return jax.tree.map(join, outputs), jax.tree.map(lambda x: x.mean(axis=0), stats)
 
 
 def ema(target: Any, source: Any, momentum: Array | float) -> Any:

@@ -53,7 +53,7 @@ class Run:
         self.config = resolve(experiment)
         self.experiment = e = with_precision(experiment, {"bf16": "bfloat16"}.get(experiment.precision))
         self.mesh = e.mesh.create(devices)
-        check_batch_size(e.batch_size, self.mesh)
+        check_batch_size(e.batch_size, self.mesh, e.micro_batches)
         self.rows = process_rows(e.batch_size, self.mesh)
         self.train_transform = HostTransform(e.data.size, e.data.views.host_crops, e.data.tokenizer)
         self.eval_transform = HostTransform(e.data.size, e.data.eval_view.host_crops, e.data.tokenizer)
@@ -88,7 +88,7 @@ class Run:
         """One optimisation step on a global batch (to be jitted): views, loss, gradient, update."""
         e = self.experiment
         view_key, loss_key = jax.random.split(jax.random.fold_in(self.step_key, state.step))
-        ctx = Context(key=loss_key, step=state.step, progress=state.step / e.steps)
+        ctx = Context(loss_key, state.step, state.step / e.steps, e.micro_batches)
         views = e.data.views(view_key, batch)
 
         def loss_of(params):

@@ -159,13 +159,13 @@ def unit(x):
 
 @pytest.mark.parametrize("scale", [14.3, 100.0])
 def test_clip_softmax_equals_open_clip(scale):
-    theirs = pytest.importorskip("open_clip", reason="needs open_clip_torch").ClipLoss()
+    theirs = pytest.importorskip("open_clip.loss", reason="needs open_clip_torch").ClipLoss()
     compare(losses.clip_softmax, lambda i, t, s: theirs(unit(i), unit(t), s), pairs(4, 33), [scale])
 
 
 @pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (118.0, -12.7)])
 def test_sigmoid_equals_open_clip(scale, bias):
-    theirs = pytest.importorskip("open_clip", reason="needs open_clip_torch").SigLipLoss()
+    theirs = pytest.importorskip("open_clip.loss", reason="needs open_clip_torch").SigLipLoss()
     compare(losses.sigmoid, lambda i, t, s, b: theirs(unit(i), unit(t), s, b), pairs(4, 33), [scale, bias])
 
 

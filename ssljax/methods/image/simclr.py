@@ -22,6 +22,7 @@ class SimCLR:
     """
 
     paper: ClassVar[str] = "Chen et al., ICML 2020"
+    supports_micro_batches: ClassVar[bool] = True
 
     encoder: nn.Module  # f
     projector: nn.Module  # g
@@ -37,7 +38,8 @@ class SimCLR:
 
     def loss(self, params: Params, state: State, batch: Batch, ctx: Context) -> tuple[Array, tuple[State, Metrics]]:
         x = pair_rows(batch["x1"], batch["x2"])
-        h, encoder_stats = forward(self.encoder, params["encoder"], state["encoder"], x, key=ctx.key)
+        how = {"key": ctx.key, "micro_batches": ctx.micro_batches}
+        h, encoder_stats = forward(self.encoder, params["encoder"], state["encoder"], x, **how)
         z, projector_stats = forward(self.projector, params["projector"], state["projector"], h["features"])
         z1, z2 = split_pairs(z.astype(jnp.float32))
         loss = nt_xent(z1, z2, temperature=self.temperature)

@@ -25,6 +25,7 @@ class CLIP:
     """
 
     paper: ClassVar[str] = "Radford et al., ICML 2021; Zhai et al., ICCV 2023"
+    supports_micro_batches: ClassVar[bool] = True
 
     image: nn.Module  # {"features": [B, D]}
     text: nn.Module  # {"features": [B, D]}
@@ -45,8 +46,13 @@ class CLIP:
 
     def loss(self, params: Params, state: State, batch: Batch, ctx: Context) -> tuple[Array, tuple[State, Metrics]]:
         image_key, text_key = jax.random.split(ctx.key)
-        x, image_stats = forward(self.image, params["image"], state["image"], batch["image"], key=image_key)
-        y, text_stats = forward(self.text, params["text"], state["text"], batch["text"], key=text_key)
+
+        def encode(name: str, tower: nn.Module, key: Array) -> tuple[dict[str, Array], State]:
+            parts = ctx.micro_batches
+            return forward(tower, params[name], state[name], batch[name], key=key, micro_batches=parts)
+
+        x, image_stats = encode("image", self.image, image_key)
+        y, text_stats = encode("text", self.text, text_key)
         x, y = l2_normalize(x["features"]), l2_normalize(y["features"])
         scale = jnp.exp(params["logit_scale"])
         softmax = self.objective == "softmax"
