@@ -1,7 +1,7 @@
 """What each family of contrastive losses sums over the table of similarities, and the gradient of those sums.
 
-Statistics of a tile are small; see `ssljax.losses.sweep`, which walks the tiles. With `axis` 1 a reduction runs over
-columns and gives one number per row, with 0 one per column.
+`ssljax.losses.sweep` walks the tiles. In a law what belongs to the rows of a tile is [r, 1] and what belongs to its
+columns [1, c], so that both meet the logits [r, c] by broadcasting; sums over a tile keep their axis.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class SoftmaxLaw:
         counted, same = self._counted(rows, columns), self._same(rows, columns)
 
         def along(axis: int) -> tuple:
-            sums = () if same is None else (jnp.sum(where(same, logits, 0), axis), jnp.sum(same, axis, jnp.float32))
+            sums = () if same is None else (_sum(where(same, logits, 0), axis), _sum(same.astype(jnp.float32), axis))
             return (_log_sum(where(counted, logits, MASKED), axis), *sums)
 
         return along(1), along(0) if self.columns else None
@@ -55,13 +55,11 @@ class SoftmaxLaw:
 
     def gradient(self, logits: Array, rows: Tower, columns: Tower, of_rows: Results, of_columns: Results) -> Array:
         counted, same = self._counted(rows, columns), self._same(rows, columns)
-        sides = [(r, shape) for r, shape in ((of_rows, (-1, 1)), (of_columns, (1, -1))) if r.value is not None]
-        d: Any = sum(
-            r.cotangent.log_sum.reshape(shape) * jnp.exp(logits - r.value.log_sum.reshape(shape)) for r, shape in sides
-        )
+        sides = [side for side in (of_rows, of_columns) if side.value is not None]
+        d: Any = sum(side.cotangent.log_sum * jnp.exp(logits - side.value.log_sum) for side in sides)
         d = where(counted, d, 0)
         if same is not None:
-            d += jnp.where(same, sum(r.cotangent.positives.reshape(shape) for r, shape in sides), 0)
+            d += jnp.where(same, sum(side.cotangent.positives for side in sides), 0)
         return d
 
     def _counted(self, rows: Tower, columns: Tower) -> Mask:
@@ -85,16 +83,16 @@ class SigmoidLaw:
 
     def partials(self, logits: Array, rows: Tower, columns: Tower) -> tuple[Any, Any]:
         losses = jnp.where(_apart(rows.ids, columns.ids), jax.nn.softplus(logits), jax.nn.softplus(-logits))
-        return jnp.sum(where(_valid(rows, columns), losses, 0), 1), None
+        return _sum(where(_valid(rows, columns), losses, 0), 1), None
 
     def finish(self, partials: Any) -> Any:
         return partials
 
     def gradient(self, logits: Array, rows: Tower, columns: Tower, of_rows: Results, of_columns: Results) -> Array:
         pair = jnp.where(_apart(rows.ids, columns.ids), 0.0, 1.0)
-        weight = of_rows.cotangent[:, None]
+        weight = of_rows.cotangent
         if of_columns.value is not None:
-            weight = weight + of_columns.cotangent[None, :]
+            weight = weight + of_columns.cotangent
         return where(_valid(rows, columns), weight * (jax.nn.sigmoid(logits) - pair), 0)
 
 
@@ -136,10 +134,10 @@ class DistillationLaw:
     def gradient(self, logits: Array, rows: Tower, columns: Tower, of_rows: Results, of_columns: Results) -> Array:
         teacher = _teacher(rows, columns)
         d: Any = 0
-        for r, shape in ((of_rows, (-1, 1)), (of_columns, (1, -1))):
-            if r.value is not None:
-                log_sum, teacher_log_sum = r.value.log_sum.reshape(shape), r.value.teacher_log_sum.reshape(shape)
-                d += r.cotangent.kl.reshape(shape) * (jnp.exp(logits - log_sum) - jnp.exp(teacher - teacher_log_sum))
+        for side in (of_rows, of_columns):
+            if side.value is not None:
+                p, q = jnp.exp(teacher - side.value.teacher_log_sum), jnp.exp(logits - side.value.log_sum)
+                d += side.cotangent.kl * (q - p)
         return where(_valid(rows, columns), d, 0)
 
 
@@ -151,8 +149,8 @@ class NearestLaw:
         assert columns.position is not None
         other = _apart(rows.position, columns.position) & ~_apart(rows.ids, columns.ids)
         similarity = where(_and(_valid(rows, columns), other), logits, MASKED)
-        best = jnp.argmax(similarity, axis=1)
-        return Nearest(jnp.max(similarity, axis=1), columns.position[best]), None
+        peak = jnp.max(similarity, axis=1, keepdims=True)
+        return Nearest(peak, jnp.max(jnp.where(similarity == peak, columns.position, 0), axis=1, keepdims=True)), None
 
     def finish(self, partials: Any) -> Any:
         return partials
@@ -166,10 +164,14 @@ def where(mask: Mask, x: Array, other: float) -> Array:
     return x if mask is None else jnp.where(mask, x, other)
 
 
+def _sum(x: Array, axis: int) -> Array:
+    return jnp.sum(x, axis, keepdims=True)
+
+
 def _log_sum(logits: Array, axis: int, weights: Array | None = None) -> LogSum:
-    peak = jnp.max(logits, axis)
-    e = jnp.exp(logits - jnp.expand_dims(peak, axis))
-    return LogSum(peak, jnp.sum(e, axis), None if weights is None else jnp.sum(e * weights, axis))
+    peak = jnp.max(logits, axis, keepdims=True)
+    e = jnp.exp(logits - peak)
+    return LogSum(peak, _sum(e, axis), None if weights is None else _sum(e * weights, axis))
 
 
 def _teacher(rows: Tower, columns: Tower) -> Array:
@@ -181,12 +183,11 @@ def _teacher(rows: Tower, columns: Tower) -> Array:
 def _apart(a: Array | None, b: Array | None) -> Bool[Array, "r c"]:
     assert a is not None
     assert b is not None
-    return a[:, None] != b[None, :]
+    return a != b
 
 
 def _valid(rows: Tower, columns: Tower) -> Mask:
-    a, b = rows.valid, columns.valid
-    return _and(None if a is None else a[:, None], None if b is None else b[None, :])
+    return _and(rows.valid, columns.valid)
 
 
 def _and(a: Mask, b: Mask) -> Mask:

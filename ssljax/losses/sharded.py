@@ -19,13 +19,17 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from ssljax.losses import sweep
+from ssljax.losses import kernels, sweep
 from ssljax.losses.sweep import Law, Results, Tower
 
 BATCH_AXES = ("replica", "fsdp")  # mesh axes over which the rows of a batch are split
 GATHER_LIMIT = 2**30  # bytes: of a gathered tower and its gradient, on each device
 # Rows (and columns) of a tile: 4 MiB of logits stay in the cache of a CPU; accelerators want more work per step.
 TILE = {"cpu": 1024, "default": 4096}
+# Pallas instead of XLA's loop on TPUs: two products more, less traffic to HBM. Off: XLA keeps a tile of 64 MiB in the
+# fast memory of a v5e as well, and no TPU was at hand to measure which form wins.
+TPU_KERNELS = False
+KERNEL_TILE = 1024
 
 
 def batch_axes() -> tuple[str, ...]:
@@ -96,9 +100,7 @@ def _forward(law: Law, layout: Layout, rows: Tower, columns: Tower | None, bias:
         stats = _sweep_forward(law, rows, against, bias)
         results = law.finish(stats[0]), law.finish(stats[1])
     elif layout.ring:
-        of_shard = jax.shard_map(
-            partial(_ring_forward, law, layout.axes), in_specs=(split, split, whole), out_specs=split
-        )
+        of_shard = _shard_map(partial(_ring_forward, law, layout.axes), in_specs=(split, split, whole), out_specs=split)
         results = of_shard(rows, against, bias)
     else:
         # Gathered out here, not in `shard_map`, and kept: the backward pass needs no second gather.
@@ -109,7 +111,7 @@ def _forward(law: Law, layout: Layout, rows: Tower, columns: Tower | None, bias:
             row_stats, column_stats = _sweep_forward(law, rows, columns, bias)
             return law.finish(row_stats), law.finish(sweep.merge_over(layout.axes, column_stats))
 
-        results = jax.shard_map(of_shard, in_specs=(split, whole, whole), out_specs=(split, whole))(rows, against, bias)
+        results = _shard_map(of_shard, in_specs=(split, whole, whole), out_specs=(split, whole))(rows, against, bias)
     return results, (rows, against, bias, results)
 
 
@@ -123,7 +125,7 @@ def _backward(law: Law, layout: Layout, saved: tuple, cotangents: tuple) -> tupl
     if not layout.axes:
         gradients = _sweep_backward(law, not itself, rows, columns, bias, of_rows, of_columns)
     elif layout.ring:
-        gradients = jax.shard_map(
+        gradients = _shard_map(
             partial(_ring_backward, law, layout.axes, itself),
             in_specs=(split, split, whole, split, split),
             out_specs=(split, split, whole),
@@ -138,7 +140,7 @@ def _backward(law: Law, layout: Layout, saved: tuple, cotangents: tuple) -> tupl
                 d_columns = jax.lax.psum_scatter(d_columns, layout.axes, tiled=True)
             return d_rows, d_columns, jax.lax.psum(d_bias, layout.axes)
 
-        gradients = jax.shard_map(
+        gradients = _shard_map(
             of_shard,
             in_specs=(split, whole, whole, split, whole),
             out_specs=(split, whole if layout.columns == "bank" else split, whole),
@@ -157,14 +159,23 @@ def _cotangent(tower: Tower, dx: Array) -> Tower:
     return none._replace(x=dx.astype(tower.x.dtype), factor=d_factor)
 
 
+def _shard_map(function: Any, *, in_specs: Any, out_specs: Any) -> Any:
+    # Pallas kernels do not say over which axes their results vary. Nothing is differentiated through these maps.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=not TPU_KERNELS)
+
+
 def _sweep_forward(law: Law, rows: Tower, columns: Tower, bias: Array | None) -> tuple:
     forms = {name: partial(sweep.forward, law, tile=tile) for name, tile in TILE.items()}
+    if TPU_KERNELS and kernels.fits(rows, columns):
+        forms["tpu"] = partial(kernels.forward, law, tile=KERNEL_TILE)
     return jax.lax.platform_dependent(rows, columns, bias, **forms)
 
 
-def _sweep_backward(law: Law, both: bool, *arguments: Any) -> tuple:
+def _sweep_backward(law: Law, both: bool, rows: Tower, columns: Tower, *others: Any) -> tuple:
     forms = {name: partial(sweep.backward, law, tile=tile, column_gradient=both) for name, tile in TILE.items()}
-    return jax.lax.platform_dependent(*arguments, **forms)
+    if TPU_KERNELS and kernels.fits(rows, columns):
+        forms["tpu"] = partial(kernels.backward, law, tile=KERNEL_TILE, column_gradient=both)
+    return jax.lax.platform_dependent(rows, columns, *others, **forms)
 
 
 # The ring: blocks of columns visit every device. The next one is under way while the sweep works on this one.

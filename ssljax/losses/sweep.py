@@ -83,12 +83,16 @@ class Results(NamedTuple):
     cotangent: Any
 
 
-def logits(rows: Tower, columns: Tower, bias: Array | None = None) -> Float[Array, "r c"]:
-    """A tile of the table."""
+def product(equation: str, a: Array, b: Array) -> Array:
+    """An einsum of float32 or bfloat16 operands, exact products, summed in float32."""
     # TPUs and recent GPUs multiply float32 in bfloat16 or TF32 by default: 1e-3 off in a cosine, 0.1 at scale 100.
-    highest = jax.lax.Precision.HIGHEST
-    table = jnp.einsum("id,jd->ij", rows.x, columns.x, precision=highest, preferred_element_type=jnp.float32)
-    table = table * (rows.factor[:, None] * columns.factor[None, :])
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def logits(rows: Tower, columns: Tower, bias: Array | None = None) -> Float[Array, "r c"]:
+    """A tile of the table; factors are [r, 1] and [1, c]."""
+    table = product("id,jd->ij", rows.x, columns.x) * (rows.factor * columns.factor)
     return table if bias is None else table + bias
 
 
@@ -110,7 +114,7 @@ def forward(law: Law, rows: Tower, columns: Tower, bias: Array | None, tile: int
 
     start = nothing(like[0], *some, stack=len(row_tiles.x))
     row_stats, column_stats = jax.lax.scan(of_columns, start, column_tiles)
-    return _untile(row_stats, n), _untile(column_stats, m)
+    return _numbers(row_stats, n), _numbers(column_stats, m)
 
 
 def backward(
@@ -126,13 +130,9 @@ def backward(
     """Gradients of both towers' `x` at fixed factors, and of the bias; in float32."""
     n, m = len(rows.x), len(columns.x)
     row_tiles, column_tiles = _tiles(rows, columns, tile)
-    row_results = _tile(of_rows, len(row_tiles.x))
-    column_results = _tile(of_columns, len(column_tiles.x))
+    row_results = _tile(of_rows, len(row_tiles.x), upright=True)
+    column_results = _tile(of_columns, len(column_tiles.x), upright=False)
     some = row_tiles.factor, column_tiles.factor
-    highest = jax.lax.Precision.HIGHEST
-
-    def product(equation: str, a: Array, b: Array) -> Array:
-        return jnp.einsum(equation, a, b, precision=highest, preferred_element_type=jnp.float32)
 
     def over_columns(sums: tuple[Array, Any], tile: tuple[Tower, Results]) -> tuple[Any, Any]:
         columns, of_columns = tile
@@ -143,7 +143,7 @@ def backward(
             d = law.gradient(logits(rows, columns, bias), rows, columns, _at(row_results, i), of_columns)
             if of_bias is not None:
                 of_bias += d.sum()
-            d = (d * (rows.factor[:, None] * columns.factor[None, :])).astype(columns.x.dtype)
+            d = (d * (rows.factor * columns.factor)).astype(columns.x.dtype)
             of_rows = _put(of_rows, i, _at(of_rows, i) + product("ij,jd->id", d, columns.x))
             if of_tile is not None:  # transposed: XLA:CPU is a fifth faster so
                 of_tile += product("id,ij->dj", rows.x, d)
@@ -154,8 +154,8 @@ def backward(
         return (of_rows, of_bias), None if of_tile is None else of_tile.T
 
     start = zeros(row_tiles.x.shape, *some), None if bias is None else zeros((), *some)
-    (of_rows, of_bias), of_columns = jax.lax.scan(over_columns, start, (column_tiles, column_results))
-    return _untile(of_rows, n), _untile(of_columns, m), of_bias
+    (d_rows, d_bias), d_columns = jax.lax.scan(over_columns, start, (column_tiles, column_results))
+    return _vectors(d_rows, n), None if d_columns is None else _vectors(d_columns, m), d_bias
 
 
 def merge(a: Any, b: Any) -> Any:
@@ -195,7 +195,7 @@ def _is_running(x: Any) -> bool:
     return isinstance(x, LogSum | Nearest)
 
 
-# Tiles: arrays [n, ...] as [tiles, rows, ...].
+# Tiles: x [n, d] as [tiles, size, d]; numbers per row [n] as [tiles, size, 1], per column as [tiles, 1, size].
 
 
 def _tiles(rows: Tower, columns: Tower, tile: int) -> tuple[Tower, Tower]:
@@ -207,7 +207,7 @@ def _tiles(rows: Tower, columns: Tower, tile: int) -> tuple[Tower, Tower]:
         rows, columns = (
             t if t.valid is not None else t._replace(valid=jnp.ones(len(t.x), bool)) for t in (rows, columns)
         )
-    return _tile(rows, -(-n // height)), _tile(columns, -(-m // width))
+    return _tile(rows, -(-n // height), upright=True), _tile(columns, -(-m // width), upright=False)
 
 
 def _tile_size(n: int, most: int) -> int:
@@ -217,18 +217,22 @@ def _tile_size(n: int, most: int) -> int:
     return next((size for size in range(most, most // 2, -1) if n % size == 0), most)
 
 
-def _tile(tree: Any, count: int) -> Any:
+def _tile(tree: Any, count: int, *, upright: bool) -> Any:
     def split(x: Array) -> Array:
         size = -(-len(x) // count)
         if short := count * size - len(x):
             x = jnp.pad(x, [(0, short)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(count, size, *x.shape[1:])
+        return x.reshape(count, *((size, -1) if x.ndim > 1 or upright else (1, size)))
 
     return jax.tree.map(split, tree)
 
 
-def _untile(tree: Any, n: int) -> Any:
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], tree)
+def _numbers(tiles: Any, n: int) -> Any:
+    return jax.tree.map(lambda x: x.reshape(-1)[:n], tiles)
+
+
+def _vectors(tiles: Array, n: int) -> Float[Array, "n d"]:
+    return tiles.reshape(-1, tiles.shape[-1])[:n]
 
 
 def _at(tree: Any, i: Array) -> Any:
