@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
@@ -131,15 +132,15 @@ class Run:
         }
 
     def _read_batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the global batch as it reaches the device, from one sample of the source."""
-        serial = replace(self.experiment.data.loader, threads=0, workers=0, cache=False)
-        if self.experiment.data.train is None:
-            raise ValueError("data.train is not set: name your pictures, for example data.train=folder:/my/images")
-        sample = next(
-            train_batches(self.experiment.data.train, self.train_transform, batch_size=1, seed=0, loader=serial)
-        )
-        size = self.experiment.batch_size
-        return {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in sample.items()}
+        """Shapes of the global batch as it reaches the device, from one sample of the source; without one, assumed."""
+        e = self.experiment
+        if e.data.train is None:
+            sample = {**self.train_transform.blank(), "index": np.zeros((), np.int32)}
+        else:
+            serial = replace(e.data.loader, threads=0, workers=0, cache=False)
+            batch = next(train_batches(e.data.train, self.train_transform, batch_size=1, seed=0, loader=serial))
+            sample = {name: x[0] for name, x in batch.items()}
+        return {name: jax.ShapeDtypeStruct((e.batch_size, *x.shape), x.dtype) for name, x in sample.items()}
 
     def _init_method(self):
         key = jax.random.key(0)
@@ -172,6 +173,8 @@ def train(
       CheckpointError, ConfigError, ValueError: with what to change.
     """
     workdir = epath.Path(workdir)
+    if experiment.data.train is None:
+        raise ValueError("data.train is not set: name your pictures, for example data.train=folder:/my/images")
     run = Run(experiment, devices)
     e = run.experiment
     with jax.set_mesh(run.mesh), CheckpointStore(workdir, e.checkpoint) as store:
