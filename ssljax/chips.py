@@ -50,7 +50,7 @@ class Chip:
 
 # TPUs. Memory is what the compiler leaves to programs, as its refusals say (of 32, 16, 95 and 32 GiB). Its bandwidth
 # and the peak: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} (v5e: 819 GB/s, 197 TFLOP/s; v5p: 2,765 GB/s, 459 TFLOP/s).
-# Links, one way, and 1 us a hop: "How to Scale Your Model" (Austin et al., 2025, jax-ml.github.io/scaling-book), part 2:
+# Links, one way, and 1 us a hop: "How to Scale Your Model" (Austin et al., jax-ml.github.io/scaling-book), part 2:
 # v4 45, v5e 45, v5p 90, v6e 90 GB/s, and rings where an axis has 16 chips (v5e, v6e) or a multiple of 4 (v4, v5p). A
 # product at `Precision.HIGHEST` is six bfloat16 products on a TPU.
 # GPUs. NVIDIA's data sheets of the H100 SXM (80 GB, 3.35 TB/s, NVLink 900 GB/s both ways) and the H200 (141 GB, 4.8

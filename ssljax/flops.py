@@ -17,9 +17,10 @@ def matmul_flops(
 ) -> float:
     """FLOPs (two per multiply-add) of every `dot_general` and `conv_general_dilated` in `function(*arguments)`.
 
-    Global figures: inside a `shard_map`, times the devices of its manual axes. Of the branches of a `cond`, the most
-    costly one. A `while` loop counts as often as a comparison with a constant says (`fori_loop`), or else once: then
-    the result is a lower bound. What multiplies nothing (normalisation, softmax, augmentation) is left out.
+    Global figures: inside a `shard_map`, times the devices of its manual axes. Of the branches of a `cond` the most
+    costly one, of code that depends on the platform the default. A `while` loop counts as often as a comparison with a
+    constant says (`fori_loop`), or else once: then the result is a lower bound. What multiplies nothing (normalisation,
+    softmax, augmentation) is left out.
 
     Args:
       arguments: arrays or `jax.ShapeDtypeStruct`s.
@@ -46,7 +47,9 @@ def _flops_of(equation: Any, passes: Callable[[Any], float]) -> float:
         case "while":
             return _trip_count(equation) * _count(params["body_jaxpr"].jaxpr, passes)
         case "cond":
-            return max(_count(branch.jaxpr, passes) for branch in params["branches"])
+            platforms = params.get("branches_platforms") or (None,) * len(params["branches"])
+            branches = [b for b, names in zip(params["branches"], platforms, strict=True) if names is None]
+            return max(_count(branch.jaxpr, passes) for branch in branches)
         case "shard_map":
             devices = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
             return devices * _count(params["jaxpr"], passes)

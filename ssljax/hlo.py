@@ -16,7 +16,7 @@ _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128} | {f"{t}{n}": n for t in
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
-_IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_IOTA = re.compile(r"(?:\[([\d,]+)\]<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?")
 # Operations that only name memory, and those whose traffic is that of the computation they call.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _FREE |= {"while", "call", "conditional", "async-start"}
@@ -260,11 +260,11 @@ def _integers(text: str) -> list[int]:
 
 
 def _devices(text: str) -> np.ndarray:
-    """`[4,2]<=[2,4]T(1,0)`: the devices 0 .. n as [2, 4], transposed, as [4, 2]. Or `0,2,1,3`."""
+    """`[4,2]<=[2,4]T(1,0)`: the devices 0 .. n as [2, 4], transposed, as [4, 2]. Or `[2,4]T(1,0)`, or `0,2,1,3`."""
     if not (iota := _IOTA.search(text)):
         return np.array(_integers(text))
     shape, source, order = (_integers(part or "") for part in iota.groups())
-    return np.arange(math.prod(source)).reshape(source).transpose(order or None).reshape(shape)
+    return np.arange(math.prod(source)).reshape(source).transpose(order or None).reshape(shape or -1)
 
 
 def _groups(attributes: str, devices: int) -> np.ndarray:

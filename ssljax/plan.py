@@ -293,7 +293,8 @@ def _compile(run: Run, topology: Topology) -> tuple[Any, tuple[float, float] | N
     if not topology.tpu:  # this code will never run: LLVM need not optimise it
         jax.config.update("jax_disable_most_optimizations", True)
     try:
-        return run.compile_step(), None
+        # Code for CPUs alone must not be taken for that of a GPU; GPU's own would not compile here.
+        return run.compile_step(None if topology.tpu else "tpu"), None
     except jax.errors.JaxRuntimeError as error:
         amount = r"\(?([\d.]+)([KMGT])\)?"
         patterns = rf"memory required .*? {amount} exceeds available HBM {amount}", rf"Used {amount} of {amount} hbm"

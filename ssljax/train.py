@@ -105,17 +105,20 @@ class Run:
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": e.optim.lr_schedule(e.steps, e.batch_size)(state.step),
-            "embeddings": tuple(x[:DIAGNOSED_ROWS].astype(jnp.float32) for x in metrics.get("embeddings", ())),
+            "embeddings": tuple(_some_rows(x.astype(jnp.float32)) for x in metrics.get("embeddings", ())),
         }
         return TrainState(state.step + 1, params, opt, method_state, average), metrics
 
-    def compile_step(self) -> Any:
-        """The compiled training step; the state is donated."""
+    def compile_step(self, platform: str | None = None) -> Any:
+        """The compiled training step; the state is donated.
+
+        `platform` (of `jax.lax.platform_dependent` code) is that of the devices unless it is given.
+        """
         state = abstract_like(self.state_shapes, self.state_shardings)
         batch = abstract_like(self.batch_shapes, {name: batch_sharding(self.mesh) for name in self.batch_shapes})
         replicated = NamedSharding(self.mesh, PartitionSpec())
         step = jax.jit(self.step, donate_argnums=0, out_shardings=(self.state_shardings, replicated))
-        return step.lower(state, batch).compile()
+        return step.trace(state, batch).lower(lowering_platforms=(platform,) if platform else None).compile()
 
     def encoder(self, method: Any = None) -> Encoder:
         """The frozen encoder of the run's method (or of another with `features`)."""
@@ -228,6 +231,13 @@ def train(
             if batches.bad:
                 log.say(f"{batches.bad} of {batches.seen} samples were bad and replaced; see {bad_log}")
     return Result(state, evaluate.results)
+
+
+def _some_rows(x: jax.Array) -> jax.Array:
+    """Rows for the diagnostics, evenly spaced: every device has some at hand, where the first ones lie on few."""
+    count = min(DIAGNOSED_ROWS, len(x))
+    every = len(x) // count
+    return x[: count * every].reshape(count, every, -1)[:, 0]
 
 
 class _Pending:
