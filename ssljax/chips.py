@@ -30,6 +30,7 @@ class Chip:
     ring: int = 0  # TPU: axes of this many chips, or of a multiple where slices are 3-D, close to a ring
     network: float = 0.0  # GPU: bytes/s one way to other nodes
     hop: float = 1e-6  # seconds until the first byte arrives at the neighbour
+    older: str = ""  # the TPU whose program stands in where jaxlib cannot read this one's
     float32: tuple[float, float] = (
         1.0,
         6.0,
@@ -60,8 +61,8 @@ _GPU: dict[str, Any] = {"link": 450e9, "network": 50e9, "hop": 5e-6, "float32": 
 CHIPS = {
     "v4": Chip("TPU v4", 30.75 * 2**30, 1.2e12, 45e9, ring=4),
     "v5e": Chip("TPU v5 lite", 15.75 * 2**30, 0.819e12, 45e9, ring=16),
-    "v5p": Chip("TPU v5", 95.73 * 2**30, 2.765e12, 90e9, ring=4),
-    "v6e": Chip("TPU v6 lite", 31.24 * 2**30, 1.64e12, 90e9, ring=16),
+    "v5p": Chip("TPU v5", 95.73 * 2**30, 2.765e12, 90e9, ring=4, older="v4"),
+    "v6e": Chip("TPU v6 lite", 31.24 * 2**30, 1.64e12, 90e9, ring=16, older="v5e"),
     "h100": Chip("NVIDIA H100 80GB HBM3", 80e9, 3.35e12, **_GPU),
     "h200": Chip("NVIDIA H200", 141e9, 4.8e12, **_GPU),
 }

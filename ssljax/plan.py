@@ -144,7 +144,7 @@ def make_plan(spec: str, overrides: Sequence[str], topology: Topology) -> Plan:
         flops, timed = (matmul_flops(run.step, *arguments, passes=passes) for passes in (lambda _: 1.0, chip.passes))
         model_flops = matmul_flops(plain.step, *arguments)
         compiled, refusal = _compile(run, topology)
-    memory, capacity, seconds, traffic, rows = _state_memory(run), chip.memory, {}, 0.0, ()
+    memory, capacity, seconds, traffic, rows, program = _state_memory(run), chip.memory, {}, 0.0, (), None
     if refusal:
         needs, capacity = refusal
         memory["temporaries"] = needs - sum(memory.values())
@@ -154,7 +154,9 @@ def make_plan(spec: str, overrides: Sequence[str], topology: Topology) -> Plan:
         memory["outputs"] = found.output_size_in_bytes - found.alias_size_in_bytes
         memory["temporaries"] = found.temp_size_in_bytes
         memory["code"] = found.generated_code_size_in_bytes
-        program = Program(compiled.as_text())
+        program, unreadable = _program(compiled, e, topology)
+        notes += unreadable
+    if program:
         rows, traffic = _table_of(program, run.mesh, topology), program.traffic
         seconds = {"compute": timed / chip.peak / chips, "memory": traffic / chip.bandwidth}
         seconds["network"] = sum(row.seconds for row in rows)
@@ -227,8 +229,12 @@ def show(plan: Plan) -> Group:
     memory.add_section()
     memory.add_row("together", f"{plan.needs / GIB:.2f}")
     memory.add_row("there are", f"{plan.capacity / GIB:.2f}")
-    if not plan.fits:
-        verdict = f"[bold red]does not fit[/]: needs {_gib(plan.needs)} of {_gib(plan.capacity)} on each chip"
+    if not plan.seconds:
+        verdict = (
+            "[bold green]fits[/]"
+            if plan.fits
+            else f"[bold red]does not fit[/]: needs {_gib(plan.needs)} of {_gib(plan.capacity)} on each chip"
+        )
         return Group(head, memory, verdict, *(f"  - {line}" for line in plan.advice), *plan.notes)
     work = Table("a step on a chip", "amount", "ms alone")
     amounts = f"{plan.flops / plan.chips / 1e12:.2f} TFLOP", f"{plan.memory_traffic / 1e9:.1f} GB"
@@ -305,6 +311,26 @@ def _compile(run: Run, topology: Topology) -> tuple[Any, tuple[float, float] | N
         return None, (needs, there)
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
+
+
+def _program(compiled: Any, e: Experiment, topology: Topology) -> tuple[Program | None, list[str]]:
+    """The program, and notes on it.
+
+    v5p and v6e look up embeddings on their SparseCores, and jaxlib 0.10.2 fails on the text of such a program
+    (`async-update instruction should have 1 operands`). Then that of the older chip in the same arrangement is read.
+    """
+    try:
+        return Program(compiled.as_text()), []
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+    older = Topology.parse(f"{topology.chip.older}:{'x'.join(map(str, topology.shape))}")
+    run = Run(e, older.devices)
+    with jax.set_mesh(run.mesh):
+        stand_in, refusal = _compile(run, older)
+    note = f"jaxlib cannot read this chip's program ({reason}); "
+    if refusal:
+        return None, [f"{note}nor does it fit {older.name}, whose would stand in: no times"]
+    return Program(stand_in.as_text()), [f"{note}collectives and memory traffic are those of {older.name}'s"]
 
 
 def _state_memory(run: Run) -> dict[str, float]:
