@@ -8,6 +8,7 @@ loss alone.
 import argparse
 import datetime
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ PODS = (
     ("configs/clip.py:paper_b16", "h100:64"),
     ("configs/simclr.py:paper", "v4:4x4x4"),
 )
-WEAK, ROWS = ("v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x16"), 128  # rows of the batch on each chip
+WEAK, ROWS = ("v4:2x2x4", "v4:4x4x4", "v4:4x8x8", "v4:8x8x16"), 128  # rows of the batch on each chip
 
 
 def plan(config: str, topology: str, *overrides: str) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def weak() -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     first = None
     for name in WEAK:
-        chips = jnp.prod(jnp.array(Topology.parse(name).shape)).item()
+        chips = math.prod(Topology.parse(name).shape)
         p = plan("configs/clip.py:paper_b16", name, f"batch_size={ROWS * chips}")
         sent = sum(row["sent"] for row in p["collectives"]) / 1e6
         first = first or p["slowest"]
