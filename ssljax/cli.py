@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 # Heavy imports are inside the verbs: `ssljax --help` answers at once, and jax starts only after the processes have
 # found each other.
@@ -91,6 +92,14 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--workdir", required=True)
     report.add_argument("--source", help="pictures to show; the run's evaluation or training source by default")
     report.set_defaults(verb=_report)
+
+    plan = verbs.add_parser("plan", help="compile the step for a pod that is not here: memory, traffic, time, MFU")
+    plan.add_argument("--config", required=True, help="file and variant, e.g. configs/clip.py:paper")
+    plan.add_argument("--topology", required=True, help="e.g. v5e:16x16, v5p:4x4x4 (v5p-128), v4:4x4x4, h100:64")
+    plan.add_argument("--sweep", action="store_true", help="try mesh shapes and remat policies, and rank them")
+    plan.add_argument("--json", metavar="FILE", help="write everything as JSON; - is standard output")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. batch_size=8192 mesh.fsdp=16")
+    plan.set_defaults(verb=_plan)
 
     methods = verbs.add_parser("methods", help="list methods, variants and papers")
     methods.add_argument("--configs", help="folder of config files; the project's own by default")
@@ -191,6 +200,34 @@ def _report(options: argparse.Namespace) -> None:
     from ssljax.report import write_report
 
     print(f"report: {write_report(options.workdir, options.source)}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    import json
+
+    from rich.console import Console
+
+    from ssljax.chips import Topology
+    from ssljax.plan import make_plan, ranked, ranking, show, sweep
+
+    console = Console(stderr=options.json == "-", highlight=False)
+    topology, question = Topology.parse(options.topology), (options.config, options.overrides)
+    if options.sweep:
+        plans = []
+        for plan in sweep(*question, topology):
+            plans.append(plan)
+            console.print(ranking([plan]))
+        console.print(ranking(plans))
+    else:
+        plans = [make_plan(*question, topology)]
+        console.print(show(plans[0]))
+    if options.json:
+        found = [plan.as_dict() for plan in ranked(plans)]
+        text = json.dumps(found if options.sweep else found[0], indent=1)
+        if options.json == "-":
+            print(text)
+        else:
+            Path(options.json).write_text(text + "\n")
 
 
 def _methods(options: argparse.Namespace) -> None:

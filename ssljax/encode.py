@@ -85,7 +85,7 @@ class FrozenEncoder:
         parts = []
         for start in range(0, n, e.batch_size):
             # Padding rows repeat the last text and are cut off below.
-            padded = [texts[min(i, n - 1)] for i in range(start, start + e.batch_size)][rows]
+            padded = [texts[min(start + int(row), n - 1)] for row in rows]
             parts.append(self._call({"text": np.stack([tokenizer(text) for text in padded])}, ("text",))["text"])
         return np.concatenate(parts)[:n]
 

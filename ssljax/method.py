@@ -36,7 +36,7 @@ class Method(Protocol):
     """A pretraining method.
 
     `metrics` is a dict of float scalars. It may also carry `"embeddings"`: a tuple of one or two arrays `[B, D]` whose
-    rows are (positive pairs of) embeddings; the trainer derives collapse diagnostics from the first rows at log steps
+    rows are (positive pairs of) embeddings; the trainer derives collapse diagnostics from some of the rows at log steps
     only. A scalar named `"loss/..."` is a term of the loss: when the loss turns NaN the message names the first term
     that is not finite.
 

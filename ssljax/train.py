@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
@@ -104,17 +105,20 @@ class Run:
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": e.optim.lr_schedule(e.steps, e.batch_size)(state.step),
-            "embeddings": tuple(x[:DIAGNOSED_ROWS].astype(jnp.float32) for x in metrics.get("embeddings", ())),
+            "embeddings": tuple(_some_rows(x.astype(jnp.float32)) for x in metrics.get("embeddings", ())),
         }
         return TrainState(state.step + 1, params, opt, method_state, average), metrics
 
-    def compile_step(self) -> Any:
-        """The compiled training step; the state is donated."""
+    def compile_step(self, platform: str | None = None) -> Any:
+        """The compiled training step; the state is donated.
+
+        `platform` (of `jax.lax.platform_dependent` code) is that of the devices unless it is given.
+        """
         state = abstract_like(self.state_shapes, self.state_shardings)
         batch = abstract_like(self.batch_shapes, {name: batch_sharding(self.mesh) for name in self.batch_shapes})
         replicated = NamedSharding(self.mesh, PartitionSpec())
         step = jax.jit(self.step, donate_argnums=0, out_shardings=(self.state_shardings, replicated))
-        return step.lower(state, batch).compile()
+        return step.trace(state, batch).lower(lowering_platforms=(platform,) if platform else None).compile()
 
     def encoder(self, method: Any = None) -> Encoder:
         """The frozen encoder of the run's method (or of another with `features`)."""
@@ -131,15 +135,15 @@ class Run:
         }
 
     def _read_batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the global batch as it reaches the device, from one sample of the source."""
-        serial = replace(self.experiment.data.loader, threads=0, workers=0, cache=False)
-        if self.experiment.data.train is None:
-            raise ValueError("data.train is not set: name your pictures, for example data.train=folder:/my/images")
-        sample = next(
-            train_batches(self.experiment.data.train, self.train_transform, batch_size=1, seed=0, loader=serial)
-        )
-        size = self.experiment.batch_size
-        return {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in sample.items()}
+        """Shapes of the global batch as it reaches the device, from one sample of the source; without one, assumed."""
+        e = self.experiment
+        if e.data.train is None:
+            sample = {**self.train_transform.blank(), "index": np.zeros((), np.int32)}
+        else:
+            serial = replace(e.data.loader, threads=0, workers=0, cache=False)
+            batch = next(train_batches(e.data.train, self.train_transform, batch_size=1, seed=0, loader=serial))
+            sample = {name: x[0] for name, x in batch.items()}
+        return {name: jax.ShapeDtypeStruct((e.batch_size, *x.shape), x.dtype) for name, x in sample.items()}
 
     def _init_method(self):
         key = jax.random.key(0)
@@ -172,6 +176,8 @@ def train(
       CheckpointError, ConfigError, ValueError: with what to change.
     """
     workdir = epath.Path(workdir)
+    if experiment.data.train is None:
+        raise ValueError("data.train is not set: name your pictures, for example data.train=folder:/my/images")
     run = Run(experiment, devices)
     e = run.experiment
     with jax.set_mesh(run.mesh), CheckpointStore(workdir, e.checkpoint) as store:
@@ -225,6 +231,13 @@ def train(
             if batches.bad:
                 log.say(f"{batches.bad} of {batches.seen} samples were bad and replaced; see {bad_log}")
     return Result(state, evaluate.results)
+
+
+def _some_rows(x: jax.Array) -> jax.Array:
+    """Rows for the diagnostics, evenly spaced: every device has some at hand, where the first ones lie on few."""
+    count = min(DIAGNOSED_ROWS, len(x))
+    every = len(x) // count
+    return x[: count * every].reshape(count, every, -1)[:, 0]
 
 
 class _Pending:

@@ -17,6 +17,7 @@ from jaxtyping import UInt8
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from ssljax.data.errors import BadSample
+from ssljax.data.tokenize import Tokenizer
 
 Picture = UInt8[np.ndarray, "h w 3"]
 
@@ -129,7 +130,7 @@ class HostTransform:
 
     size: int | None = None
     crops: Mapping[str, Any] | None = None  # name -> CropSpec
-    tokenizer: Callable[[str], np.ndarray] | None = None
+    tokenizer: Tokenizer | None = None
     keep: tuple[str, ...] = ()
     max_pixels: int = 64_000_000
 
@@ -161,6 +162,26 @@ class HostTransform:
             if sample[name].dtype.kind not in "biufc":
                 raise ValueError(f"keep names {name!r}, a {type(record[name]).__name__}; a batch can only hold numbers")
         return sample
+
+    def blank(self) -> dict[str, np.ndarray]:
+        """Zeros of the shapes and types of a sample with a picture, a label and, given a tokeniser, a text.
+
+        Reads no record and no vocabulary.
+
+        Raises:
+            ValueError: the pictures keep their own sizes.
+        """
+        if self.crops is not None:
+            draws = {name: (spec.count,) if spec.count > 1 else () for name, spec in self.crops.items()}
+            shapes = {name: (*draws[name], spec.size, spec.size, 3) for name, spec in self.crops.items()}
+        elif self.size is not None:
+            shapes = {"image": (self.size, self.size, 3)}
+        else:
+            raise ValueError("the pictures have no fixed size: set data.size, or cut the views on the host")
+        sample: dict[str, Any] = {name: np.zeros(shape, np.uint8) for name, shape in shapes.items()}
+        if self.tokenizer is not None:
+            sample["text"] = np.zeros(self.tokenizer.length, np.int32)
+        return {**sample, "label": np.zeros((), np.int32)}
 
 
 def _field(record: Mapping[str, Any], name: str) -> Any:

@@ -114,7 +114,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     start: int = 0,
-    rows: slice | None = None,
+    rows: np.ndarray | slice | None = None,
     loader: Loader | None = None,
     steps: int | None = None,
     bad_log: str | os.PathLike[str] | None = None,
@@ -124,7 +124,7 @@ def train_batches(
     Args:
         batch_size: rows of the global batch; it may exceed the size of the source.
         start: position of the first sample (samples consumed before, by all processes together).
-        rows: the contiguous rows of the global batch that this process makes; None for all.
+        rows: the rows of the global batch that this process makes, in order; None for all.
         steps: batches to make; None for no end.
         bad_log: a local JSON-lines file; one line is appended for each bad record.
 
@@ -149,7 +149,7 @@ def eval_batches(
     transform: Transform,
     *,
     batch_size: int,
-    rows: slice | None = None,
+    rows: np.ndarray | slice | None = None,
     loader: Loader | None = None,
     bad_log: str | os.PathLike[str] | None = None,
 ) -> Batches:
@@ -163,10 +163,10 @@ def eval_batches(
     return Batches(_EvalSteps(reader, batch_size, _rows(rows, batch_size)), loader)
 
 
-def _rows(rows: slice | None, batch_size: int) -> range:
-    own = range(batch_size)[rows or slice(None)]
-    if not own or own.step != 1:
-        raise ValueError(f"rows={rows} must be a contiguous, non-empty part of the {batch_size} rows of a batch")
+def _rows(rows: np.ndarray | slice | None, batch_size: int) -> np.ndarray:
+    own = np.arange(batch_size)[slice(None) if rows is None else rows]
+    if not len(own) or (np.diff(own) < 1).any():
+        raise ValueError(f"rows={rows} must be a non-empty part of the {batch_size} rows of a batch, in order")
     return own
 
 
@@ -224,15 +224,15 @@ class _TrainSteps:
     seed: int
     start: int
     batch_size: int
-    rows: range
+    rows: np.ndarray
     steps: int
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, index: int) -> Batch:
-        n, first = len(self.reader.source), self.start + index * self.batch_size
-        positions = np.arange(first + self.rows.start, first + self.rows.stop)
+        n = len(self.reader.source)
+        positions = self.start + index * self.batch_size + self.rows
         rng = _SampleRng(self.seed)
         samples, picks, bad = [], shuffled(positions, n, self.seed).tolist(), 0
         for row, position in enumerate(positions.tolist()):
@@ -252,18 +252,18 @@ class _TrainSteps:
 class _EvalSteps:
     reader: _Reader
     batch_size: int
-    rows: range
+    rows: np.ndarray
 
     def __len__(self) -> int:
         return -(-len(self.reader.source) // self.batch_size)
 
     def __getitem__(self, index: int) -> Batch:
-        n, first = len(self.reader.source), index * self.batch_size
-        positions = np.arange(first + self.rows.start, first + self.rows.stop)
+        n = len(self.reader.source)
+        positions = index * self.batch_size + self.rows
         picks = np.minimum(positions, n - 1).astype(np.int32)
         mask = positions < n
         samples, bad = [], 0
-        for row in range(picks[-1] - picks[0] + 1):  # each record once; the padding repeats the last
+        for row in range(len(np.unique(picks))):  # each record once; the padding repeats the last
             for attempt in range(_ATTEMPTS):
                 sample = self.reader.sample((int(picks[row]) + attempt) % n, None)
                 if sample is not None:

@@ -1,11 +1,13 @@
 """Pre-norm transformer blocks and stacks of them, unrolled or scanned, with or without rematerialisation."""
 
+import math
 from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from ssljax.models.attention import Attention, Initializer
@@ -38,6 +40,21 @@ def kernel_inits(init: Init, width: int, depth: int) -> dict[str, Initializer]:
         "fc1": nn.initializers.normal((2 * width) ** -0.5),
         "fc2": residual,
     }
+
+
+def keep_rows(x: Float[Array, "b *rest"]) -> Float[Array, "b *rest"]:
+    """`x`, its rows split over the batch axes (`replica`, `fsdp`) of the context mesh, as those of the batch are.
+
+    Said nowhere, the compiler may take the other way to multiply rows by parameters that are sharded over `fsdp`: to
+    split the width of the activations like the parameters', and to add them up over the devices layer by layer. That
+    moves tens of times as much as gathering the parameters does.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(a for a in ("replica", "fsdp") if mesh.shape.get(a, 1) > 1 and a not in mesh.manual_axes)
+    if not axes or len(x) % math.prod(mesh.shape[a] for a in axes):
+        return x
+    free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *free))
 
 
 class MLP(nn.Module):
@@ -145,11 +162,11 @@ class Transformer(nn.Module):
         rates = jnp.linspace(0.0, self.drop_path, self.depth) if train and self.drop_path > 0 else None
         if not self.scan:
             for i in range(self.depth):
-                x = block(name=f"block_{i}")(x, None if rates is None else rates[i], mask, angles)
+                x = keep_rows(block(name=f"block_{i}")(x, None if rates is None else rates[i], mask, angles))
             return x
 
         def body(block: Block, x: Array, *rest: Array | None) -> tuple[Array, None]:
-            return block(x, *rest), None
+            return keep_rows(block(keep_rows(x), *rest)), None
 
         scanned = nn.scan(
             body,

@@ -199,7 +199,7 @@ def diagnostics(records: Records) -> Html:
         return section("Collapse diagnostics", el("p", "This method reports no embeddings.", class_="skipped"))
     return section(
         "Collapse diagnostics",
-        lead("Of the embeddings the loss compares, in the first rows of a batch."),
+        lead("Of the embeddings the loss compares, in some rows of a batch."),
         el("div", *charts, class_="charts"),
     )
 
