@@ -31,10 +31,7 @@ class Chip:
     network: float = 0.0  # GPU: bytes/s one way to other nodes
     hop: float = 1e-6  # seconds until the first byte arrives at the neighbour
     older: str = ""  # the TPU whose program stands in where jaxlib cannot read this one's
-    float32: tuple[float, float] = (
-        1.0,
-        6.0,
-    )  # time of a float32 product over bfloat16's: default and highest precision
+    float32: tuple[float, float] = (1.0, 6.0)  # time over bfloat16's of a float32 product: default, highest precision
 
     @property
     def peak(self) -> float:

@@ -15,10 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from ssljax.axes import AXES, BATCH
 from ssljax.rules import leaf_name
-
-AXES = ("replica", "fsdp", "tensor")
-BATCH = ("replica", "fsdp")
 
 # Aligned to a leaf's last dimensions, so scanned stacks (a leading depth axis) match too.
 TENSOR_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (

@@ -21,7 +21,6 @@ from small import quick_compilation  # noqa: F401
 
 from ssljax import losses
 from ssljax.losses import sharded
-from ssljax.losses.sharded import BATCH_AXES
 from ssljax.mesh import BATCH
 
 
@@ -221,10 +220,6 @@ def test_bfloat16_equals_float64(form):
 def value_and_gradients(fn, args):
     args = [jnp.asarray(x, jnp.float32) for x in args]
     return jax.jit(jax.value_and_grad(fn, argnums=tuple(range(len(args)))))(*args)
-
-
-def test_batch_axes_are_those_of_the_mesh():
-    assert BATCH_AXES == BATCH
 
 
 def test_batch_must_divide():

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from ssljax.losses.sharded import batch_axes, batch_shards
+from ssljax.axes import batch_axes, batch_shards
 
 BLOCK = 8192  # rows of a bank that a chunk of queries meets at a time: a table of 1024 x 8192 float32 takes 32 MiB
 

@@ -10,7 +10,6 @@ Which form: gather while the fetched tower and its float32 gradient stay below `
 The gradient is written out, a `jax.custom_vjp` around the `shard_map`s: autodiff of the sweep would store every tile.
 """
 
-import math
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -19,10 +18,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from ssljax.axes import batch_axes, batch_shards
 from ssljax.losses import kernels, sweep
 from ssljax.losses.sweep import Law, Results, Tower
 
-BATCH_AXES = ("replica", "fsdp")  # mesh axes over which the rows of a batch are split
 GATHER_LIMIT = 2**30  # bytes: of a gathered tower and its gradient, on each device
 # Rows (and columns) of a tile: 4 MiB of logits stay in the cache of a CPU; accelerators want more work per step.
 TILE = {"cpu": 1024, "default": 4096}
@@ -30,21 +29,6 @@ TILE = {"cpu": 1024, "default": 4096}
 # fast memory of a v5e as well, and no TPU was at hand to measure which form wins.
 TPU_KERNELS = False
 KERNEL_TILE = 1024
-
-
-def batch_axes() -> tuple[str, ...]:
-    """The axes of the context mesh (`jax.set_mesh`) that split a batch over more than one device; () without a mesh.
-
-    Axes that are manual already (the caller is inside a `shard_map`) do not count: there the rows at hand are the
-    batch.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    return tuple(axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1 and axis not in mesh.manual_axes)
-
-
-def batch_shards() -> int:
-    """Into how many parts the rows of a batch are split under the context mesh."""
-    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in batch_axes())
 
 
 class Layout(NamedTuple):

@@ -1,6 +1,5 @@
 """Pre-norm transformer blocks and stacks of them, unrolled or scanned, with or without rematerialisation."""
 
-import math
 from functools import partial
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from ssljax.axes import batch_axes, batch_shards
 from ssljax.models.attention import Attention, Initializer
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
@@ -43,18 +43,16 @@ def kernel_inits(init: Init, width: int, depth: int) -> dict[str, Initializer]:
 
 
 def keep_rows(x: Float[Array, "b *rest"]) -> Float[Array, "b *rest"]:
-    """`x`, its rows split over the batch axes (`replica`, `fsdp`) of the context mesh, as those of the batch are.
+    """`x`, its rows split over the batch axes of the context mesh, as those of the batch are.
 
     Said nowhere, the compiler may take the other way to multiply rows by parameters that are sharded over `fsdp`: to
     split the width of the activations like the parameters', and to add them up over the devices layer by layer. That
     moves tens of times as much as gathering the parameters does.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(a for a in ("replica", "fsdp") if mesh.shape.get(a, 1) > 1 and a not in mesh.manual_axes)
-    if not axes or len(x) % math.prod(mesh.shape[a] for a in axes):
+    if not batch_axes() or len(x) % batch_shards():
         return x
     free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *free))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch_axes(), *free))
 
 
 class MLP(nn.Module):
