@@ -111,7 +111,8 @@ class Topology:
 
         # Or libtpu asks the cloud's metadata server, for minutes, which machine this is. Any type will do.
         cloud = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
-        os.environ.update(cloud)
+        # Or it refuses to load beside another process that has it. No chip is touched.
+        os.environ.update(cloud | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
         options = {"chip_config_name": "megacore"} if self.name.startswith("v4") else {}
         try:
             return topologies.get_topology_desc(self.name, "tpu", **options).devices

@@ -51,6 +51,8 @@ class Plan:
     mesh: dict[str, int]
     remat: dict[str, str]  # dotted path of the option -> its value
     batch_size: int
+    micro_batches: int
+    in_parts: bool  # whether the method can encode more micro-batches
     steps: int
     capacity: float  # bytes that programs can have
     memory: dict[str, float]  # bytes: the state by part, batch, outputs not in place of inputs, temporaries, code
@@ -115,7 +117,11 @@ class Plan:
         if less := [f"{name}=full" for name, value in self.remat.items() if value != "full"]:
             advice.append(f"{' '.join(less)}: of every block only the input is kept for the backward pass")
         shards = self.mesh["replica"] * self.mesh["fsdp"]
-        rows = int(self.batch_size * (self.capacity - fixed) / batch) // shards * shards
+        room = self.capacity - fixed
+        parts = next((2**i for i in range(1, 12) if batch / 2**i <= room), 0) * self.micro_batches
+        if self.in_parts and parts and self.batch_size % (parts * shards) == 0:
+            advice.append(f"micro_batches={parts}: encodes in parts, with the same gradient, if temporaries shrink so")
+        rows = int(self.batch_size * room / batch) // shards * shards
         if rows > 0:
             advice.append(f"batch_size={rows}, if temporaries shrink in proportion")
         more = -(-self.needs // self.capacity)
@@ -175,6 +181,8 @@ def make_plan(spec: str, overrides: Sequence[str], topology: Topology) -> Plan:
         mesh=dict(run.mesh.shape),
         remat=remat,
         batch_size=e.batch_size,
+        micro_batches=e.micro_batches,
+        in_parts=getattr(e.method, "supports_micro_batches", False),
         steps=e.steps,
         capacity=capacity,
         memory=memory,

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from loss64 import make_mesh
 
 from ssljax import losses
+from ssljax.flops import matmul_flops
 from ssljax.losses import sharded
 from ssljax.mesh import BATCH
 
@@ -81,6 +82,19 @@ def test_memory_grows_with_the_rows(name):
     assert large <= 16.5 * small
     tower = 262_144 * 512 * 4 / MIB * (2 if name in ("nt_xent", "sup_con") else 1)
     assert large <= 4.1 * tower
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("limit", [2**30, 0])
+def test_products(name, limit, monkeypatch):
+    """FLOPs of value and gradients on 8 devices, all together: 8 B^2 D, 6 (2B)^2 D for rows against themselves."""
+    monkeypatch.setattr(sharded, "GATHER_LIMIT", limit)
+    b, d = 4096, 64
+    tower, scale = jax.ShapeDtypeStruct((b, d), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    with jax.set_mesh(make_mesh((4, 2, 1))):
+        flops = matmul_flops(jax.value_and_grad(FAMILY[name], argnums=(0, 1, 2)), tower, tower, scale)
+    products = {"nt_xent": 6 * 4, "sup_con": 6 * 4, "similarity_distillation": 12}.get(name, 8)  # the teacher's: 2 + 2
+    assert flops <= (products + 0.2) * b * b * d
 
 
 @pytest.mark.parametrize("limit", [2**30, 0])

@@ -111,6 +111,7 @@ def test_what_the_compiler_refuses_does_not_fit(refusal, capsys, monkeypatch):
     assert "does not fit: needs 83.50 GiB of 15.75 GiB on each chip" in out
     assert "method.text.remat=full" in out
     assert "batch_size=8" in out
+    assert "micro_batches=8: encodes in parts" in out
     assert "Traceback" not in out
 
 
