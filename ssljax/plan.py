@@ -57,7 +57,7 @@ class Plan:
     capacity: float  # bytes that programs can have
     memory: dict[str, float]  # bytes: the state by part, batch, outputs not in place of inputs, temporaries, code
     flops: float  # of matrix products, what is rematerialised counted again
-    model_flops: float  # the same without rematerialisation: what MFU counts
+    model_flops: float  # the same with nothing computed twice (rematerialisation, micro-batches): what MFU counts
     seconds: dict[str, float]  # each resource alone: compute, memory, network; {} if the step does not fit
     memory_traffic: float  # bytes
     collectives: tuple[Traffic, ...]
@@ -120,7 +120,7 @@ class Plan:
         room = self.capacity - fixed
         parts = next((2**i for i in range(1, 12) if batch / 2**i <= room), 0) * self.micro_batches
         if self.in_parts and parts and self.batch_size % (parts * shards) == 0:
-            advice.append(f"micro_batches={parts}: encodes in parts, with the same gradient, if temporaries shrink so")
+            advice.append(f"micro_batches={parts}: encodes in parts, one loss over all rows, if temporaries shrink so")
         rows = int(self.batch_size * room / batch) // shards * shards
         if rows > 0:
             advice.append(f"batch_size={rows}, if temporaries shrink in proportion")
@@ -143,7 +143,8 @@ def make_plan(spec: str, overrides: Sequence[str], topology: Topology) -> Plan:
     """
     e, chip, chips, notes = _experiment(spec, overrides), topology.chip, len(topology.devices), []
     run, remat = Run(e, topology.devices), dict(_remat_options(e.method, "method"))
-    plain = Run(_experiment(spec, [*overrides, *(f"{path}=none" for path in remat)]), topology.devices)
+    once = "micro_batches=1", *(f"{path}=none" for path in remat)
+    plain = Run(_experiment(spec, [*overrides, *once]), topology.devices)
     began = time.perf_counter()
     with jax.set_mesh(run.mesh):
         arguments = run.state_shapes, run.batch_shapes

@@ -208,3 +208,18 @@ def test_compiled_for_v5e_with_fsdp():
     assert {"fsdp", "replica x fsdp"} <= {row.axes for row in plan.collectives}
     gathers = [row for row in plan.collectives if (row.kind, row.axes) == ("all-gather", "fsdp")]
     assert gathers[0].count >= 4  # of every block's parameters, forward and backward
+
+
+@needs_libtpu
+def test_a_batch_that_does_not_fit_and_the_advice():
+    """The compiler's own refusal; with what the plan says of micro-batches, the same batch fits."""
+    cifar10 = f"{CONFIGS}/simclr.py:cifar10_mini"
+    plan = make_plan(cifar10, ("batch_size=262144",), Topology.parse("v5e:2x2"))
+    assert not plan.fits
+    assert plan.capacity == 15.75 * 2**30
+    assert plan.model_flops == plan.flops
+    parts = next(line for line in plan.advice if line.startswith("micro_batches=")).split(":")[0]
+    in_parts = make_plan(cifar10, ("batch_size=262144", parts), Topology.parse("v5e:2x2"))
+    assert in_parts.fits
+    assert in_parts.model_flops == plan.model_flops
+    assert 1.02 * plan.flops < in_parts.flops < 4 / 3 * plan.flops  # one more forward pass of the encoder
