@@ -97,6 +97,33 @@ def loss() -> Iterator[str]:
 TABLES = {"pods": pods, "weak": weak, "loss": loss}
 
 
+def draw(file: Path) -> Path:
+    """The weak-scaling table of a results file as curves: bytes sent and efficiency over chips."""
+    import matplotlib.pyplot as plt
+
+    table = [
+        line.strip("| ").split(" | ") for line in file.read_text().split("## weak")[1].split("## ")[0].splitlines()
+    ]
+    rows = [row for row in table if row[0] in WEAK]
+    chips, sent = ([int(row[i].replace(",", "")) for row in rows] for i in (1, 3))
+    efficiency = [float(row[6].rstrip(" %")) for row in rows]
+    figure, axes = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    for axis, values, label in zip(axes, (sent, efficiency), ("MB sent a chip and step", "efficiency, %"), strict=True):
+        axis.plot(chips, values, marker="o", color="#2b6cb0")
+        axis.set_xscale("log", base=2)
+        axis.set(
+            xlabel="chips (v4), 128 pairs each",
+            ylabel=label,
+            xticks=chips,
+            xticklabels=map(str, chips),
+            ylim=(0, 1.1 * max(values)),
+        )
+        axis.grid(alpha=0.3)
+    image = ROOT / "docs/images/weak-scaling.png"
+    figure.savefig(image, dpi=110)
+    return image
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tables", nargs="*", help=f"which of {', '.join(TABLES)}; all by default")
@@ -110,6 +137,8 @@ def main() -> None:
     file = ROOT / f"bench/results/{datetime.date.today():%Y-%m-%d}-scaling.md"
     file.write_text("\n".join(lines))
     print(file)
+    if "## weak" in lines:
+        print(draw(file))
 
 
 if __name__ == "__main__":
