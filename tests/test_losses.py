@@ -200,9 +200,7 @@ def test_float32_equals_float64(form):
     assert_expected(evaluate(cases(n), jnp.float32, mesh), n, jnp.float32, 1e-5)
 
 
-@pytest.mark.parametrize(
-    "form", ["one device, ragged tiles", "8 devices, ragged tiles", "8 devices, ring"], indirect=True
-)
+@pytest.mark.parametrize("form", FORMS, indirect=True)
 def test_bfloat16_equals_float64(form):
     """dL before its products, and the gradients, are rounded once more, by 2^-9; sums amplify it."""
     mesh, n = form
