@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from ssljax.losses.sweep import MASKED, Law, LogSum, Nearest, Results, Tower, logits, merge, product
+from ssljax.losses.sweep import Law, Results, Tower, logits, merge, nothing, product
 
 LANES = 128
 
@@ -50,7 +50,7 @@ def forward(
         def add(first: Any, tree: Any, refs: Any, where: Any) -> None:
             @pl.when(first)
             def _() -> None:
-                for ref, x in zip(refs, jax.tree.leaves(_nothing(tree)), strict=True):
+                for ref, x in zip(refs, jax.tree.leaves(nothing(tree)), strict=True):
                     ref[where] = x
 
             so_far = jax.tree.unflatten(jax.tree.structure(tree), [ref[where] for ref in refs])
@@ -188,15 +188,6 @@ def _read(inputs: Any, refs: Any) -> Any:
         return x._replace(valid=None if x.valid is None else x.valid != 0, teacher=masks(x.teacher))
 
     return jax.tree.map(masks, tree, is_leaf=lambda x: isinstance(x, Tower))
-
-
-def _nothing(like: Any) -> Any:
-    def none(x: Any) -> Any:
-        if isinstance(x, LogSum | Nearest):
-            return jax.tree.map(jnp.zeros_like, x)._replace(peak=jnp.full_like(x.peak, MASKED))
-        return jnp.zeros_like(x)
-
-    return jax.tree.map(none, like, is_leaf=lambda x: isinstance(x, LogSum | Nearest))
 
 
 def _one_tile(rows: Tower, columns: Tower, height: int, width: int) -> tuple[Any, Any]:
