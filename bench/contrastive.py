@@ -37,6 +37,16 @@ def embeddings(rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     return a / np.linalg.norm(a, axis=1, keepdims=True), b / np.linalg.norm(b, axis=1, keepdims=True)
 
 
+def dense(image: Any, text: Any, scale: Any) -> Any:
+    """CLIP's softmax loss from the whole table; jax arrays."""
+    import jax
+    import jax.numpy as jnp
+
+    logits = scale * jnp.einsum("id,jd->ij", image, text, precision="highest", preferred_element_type=jnp.float32)
+    both = jax.nn.logsumexp(logits, axis=1) + jax.nn.logsumexp(logits, axis=0)
+    return jnp.mean(both / 2 - jnp.diag(logits))
+
+
 def jax_step(name: str, rows: int, width: int, dtype: str) -> Callable[[], float]:
     """One step of a candidate in jax: value and gradients of both towers and the scale."""
     import jax
@@ -44,11 +54,6 @@ def jax_step(name: str, rows: int, width: int, dtype: str) -> Callable[[], float
     import optax
 
     from ssljax.losses import clip_softmax, nt_xent
-
-    def dense(image: Any, text: Any, scale: Any) -> Any:
-        logits = scale * jnp.einsum("id,jd->ij", image, text, precision="highest", preferred_element_type=jnp.float32)
-        both = jax.nn.logsumexp(logits, axis=1) + jax.nn.logsumexp(logits, axis=0)
-        return jnp.mean(both / 2 - jnp.diag(logits))
 
     def theirs(a: Any, b: Any, scale: Any) -> Any:
         labels = jnp.tile(jnp.arange(len(a)), 2)
@@ -202,11 +207,6 @@ def memory(width: int, dtype: str) -> None:
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
         analysis = step.lower(x, x, jax.ShapeDtypeStruct((), jnp.float32)).compile().memory_analysis()
         return analysis.temp_size_in_bytes / 2**20
-
-    def dense(image: Any, text: Any, scale: Any) -> Any:
-        logits = scale * jnp.einsum("id,jd->ij", image, text, preferred_element_type=jnp.float32)
-        both = jax.nn.logsumexp(logits, axis=1) + jax.nn.logsumexp(logits, axis=0)
-        return jnp.mean(both / 2 - jnp.diag(logits))
 
     print("| rows | ours, MiB | dense, MiB | share |\n|---|---|---|---|")
     for rows in (16_384, 65_536, 262_144):

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ssljax.losses.laws import DistillationLaw, SigmoidLaw, Softmax, SoftmaxLaw
 from ssljax.losses.sharded import statistics
-from ssljax.losses.sweep import Tower
+from ssljax.losses.sweep import Tower, product
 
 Scalar = Float[Array, ""] | float
 EPS = 1e-6  # shortest length a row is divided by
@@ -274,8 +274,7 @@ def dots(rows: Float[Array, "b d"], columns: Float[Array, "c d"]) -> Float[Array
     The default precision of TPUs (bfloat16) and recent GPUs (TF32) errs by up to 1e-3 in a cosine, which CLIP's scale
     of 100 turns into 0.1 in a logit.
     """
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.einsum("bd,cd->bc", rows, columns, precision=highest, preferred_element_type=jnp.float32)
+    return product("bd,cd->bc", rows, columns)
 
 
 def _inverse_length(x: Float[Array, "*b d"], eps: float = EPS) -> Float[Array, "*b"]:

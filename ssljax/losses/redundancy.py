@@ -11,9 +11,7 @@ from jaxtyping import Array, Float
 from ssljax.losses.contrastive import l2_normalize
 from ssljax.losses.laws import NearestLaw
 from ssljax.losses.sharded import statistics
-from ssljax.losses.sweep import Tower
-
-HIGHEST = jax.lax.Precision.HIGHEST  # true float32 on every platform; see `contrastive.dots`
+from ssljax.losses.sweep import Tower, product
 
 
 def barlow_twins(
@@ -36,7 +34,7 @@ def barlow_twins(
         x = x.astype(jnp.float32) - x.mean(axis=0, dtype=jnp.float32)
         return x * jax.lax.rsqrt(jnp.mean(x * x, axis=0) + 1e-5)
 
-    correlation = _products(standardise(a), standardise(b)) / len(a)
+    correlation = product("bi,bj->ij", standardise(a), standardise(b)) / len(a)
     itself = jnp.eye(a.shape[1], dtype=bool)
     return jnp.sum(jnp.where(itself, (1 - correlation) ** 2, weight * correlation**2))
 
@@ -74,7 +72,7 @@ def variance_hinge(x: Float[Array, "b d"], eps: float = 1e-4) -> Float[Array, ""
 def covariance_penalty(x: Float[Array, "b d"]) -> Float[Array, ""]:
     """VICReg's covariance term (eq. 4): (1 / D) sum_i sum_{j != i} cov_ij^2, cov unbiased (1 / (B - 1))."""
     x = _centred(x)
-    covariance = _products(x, x) / (len(x) - 1)
+    covariance = product("bi,bj->ij", x, x) / (len(x) - 1)
     return jnp.sum(jnp.where(jnp.eye(x.shape[1], dtype=bool), 0.0, covariance**2)) / x.shape[1]
 
 
@@ -102,11 +100,6 @@ def koleo(x: Float[Array, "b d"], groups: int = 1, eps: float = 1e-8) -> Float[A
     # Compilers round the two ends of a distance differently: equal rows come out 1e-8 apart, in a random direction.
     squared = jnp.where(squared > jnp.finfo(jnp.float32).eps ** 2, squared, 0.0)
     return jnp.mean(-jnp.log(squared + eps**2) / 2)
-
-
-def _products(a: Float[Array, "b d"], b: Float[Array, "b d"]) -> Float[Array, "d d"]:
-    """a^T b over the global batch."""
-    return jnp.einsum("bi,bj->ij", a, b, precision=HIGHEST, preferred_element_type=jnp.float32)
 
 
 def _centred(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
