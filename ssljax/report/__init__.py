@@ -55,6 +55,7 @@ def write_report(
         _part("Results", lambda: numbers.results(records, measured)),
         _part("Curves", lambda: numbers.curves(records)),
         _part("Collapse diagnostics", lambda: numbers.diagnostics(records)),
+        _part("Where the time went", lambda: numbers.time_spent(workdir)),
         _part("Pictures", lambda: _pictures(load(workdir, types=types), config, shown, types)),
         _part("Bad samples", lambda: numbers.bad_samples(workdir)),
         _part("Config", lambda: numbers.configuration(config, parameters)),

@@ -17,10 +17,11 @@ from etils import epath
 import ssljax
 from ssljax.config import build
 from ssljax.describe import flatten
+from ssljax.goodput import PARTS, Record, duration, read_sessions, run_goodput, split_steps
 from ssljax.optim import Optim
-from ssljax.report.charts import Line, line_chart
+from ssljax.report.charts import Line, line_chart, share_bar
 from ssljax.report.health import curve, verdict
-from ssljax.report.page import Html, el, join, lead, section, table
+from ssljax.report.page import COLORS, Html, el, join, lead, section, table
 from ssljax.summary import Figure
 
 Records = Sequence[Mapping[str, Any]]
@@ -46,6 +47,9 @@ _KNOWN = ("loss", "learning_rate", "grad_norm", "images_per_second", "data_wait"
 _SKIPPED = ("step", "time", "bad_samples", "images_per_second_per_device", "flops_per_second_per_device")
 _MOST_CHARTS = 24  # of a method's own metrics, and of evaluations
 _BAD_SHOWN = 8
+_SESSIONS_SHOWN = 12
+# Colours of where the time went: grey for down, the strongest warning for lost work.
+_PARTS = dict(zip(PARTS, (COLORS[0], COLORS[1], "#aab1ba", *COLORS[2:], "#8c6d31"), strict=True))
 
 
 def header(method: str, paper: str, config: Mapping[str, Any], records: Records, parameters: str) -> Html:
@@ -201,6 +205,39 @@ def diagnostics(records: Records) -> Html:
         "Collapse diagnostics",
         lead("Of the embeddings the loss compares, in some rows of a batch."),
         el("div", *charts, class_="charts"),
+    )
+
+
+def time_spent(workdir: epath.Path) -> Html:
+    """Goodput of the run, a bar of where its time went, and the sessions."""
+    title, sessions = "Where the time went", read_sessions(workdir)
+    total = run_goodput(sessions)
+    if not total.wall:
+        return section(title, el("p", "This run has no record of its sessions.", class_="skipped"))
+    several = f", in {len(sessions)} sessions" if len(sessions) > 1 else ""
+    said = f"Goodput {100 * total.goodput:.1f} %: the share of {duration(total.wall)}{several}, that went into steps "
+    said += "which count. Lost: steps that were done again or skipped. Down: between sessions."
+    parts = [
+        (name, seconds / total.wall, _PARTS[name], f"{100 * seconds / total.wall:.1f} % ({duration(seconds)})")
+        for name, seconds in total.seconds.items()
+        if seconds >= 0.0005 * total.wall
+    ]
+    rows = [_session(session, sessions[i + 1 :]) for i, session in enumerate(sessions)]
+    listed = table(("started, UTC", "steps", "lasted", "goodput", "first step after", "end"), rows[-_SESSIONS_SHOWN:])
+    earlier = f"The last {_SESSIONS_SHOWN} of {len(rows)} sessions." if len(rows) > _SESSIONS_SHOWN else None
+    return section(title, lead(said), share_bar(title, parts), earlier and lead(earlier), listed)
+
+
+def _session(session: Record, later: Sequence[Record]) -> tuple[str, ...]:
+    seconds = split_steps(session, later)
+    after = session.first_step_after
+    return (
+        f"{datetime.fromtimestamp(session.started, UTC):%Y-%m-%d %H:%M:%S}",
+        "none" if session.first_step is None else f"{session.first_step:,} to {session.last_step:,}",
+        duration(sum(seconds.values())),
+        f"{100 * seconds['step'] / max(sum(seconds.values()), 1e-9):.1f} %",
+        "-" if after is None else duration(after),
+        session.end or ("killed" if later else "under way, or killed"),
     )
 
 

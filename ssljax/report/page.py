@@ -134,6 +134,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 .charts { display: grid; gap: 20px 26px;
   grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); }
 figure { margin: 0; min-width: 0; }
+figure + .scroll { margin-top: 12px; }
 figcaption { font-size: 13.5px; display: flex; justify-content: space-between; gap: 12px; overflow-wrap: anywhere; }
 figcaption span { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .aid, .legend { color: var(--soft); font-size: 12.5px; line-height: 1.4; }
