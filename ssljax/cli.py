@@ -141,6 +141,7 @@ def _train(options: argparse.Namespace) -> None:
     from rich import print as show
 
     from ssljax.config import experiment, load_config, types_of
+    from ssljax.goodput import Clock, Session, process_age
     from ssljax.summary import table
     from ssljax.train import train
 
@@ -152,15 +153,15 @@ def _train(options: argparse.Namespace) -> None:
         if options.seeds > 1:
             config.seed = int(config.to_dict().get("seed", 0)) + i
         e = experiment(config)
-        train(e, folder, wandb=options.wandb, profile=profile)
-    if jax.process_index() == 0:
-        if not options.no_report and jax.process_count() == 1:
-            from ssljax.report import write_report
+        with Session(folder, Clock(0.0 if i else process_age())) as session:
+            train(e, folder, wandb=options.wandb, profile=profile, session=session)
+            if not options.no_report and jax.process_count() == 1:
+                from ssljax.report import write_report
 
-            for folder in workdirs:
-                print(f"report: {write_report(folder, types=types_of(e))}")
-        if (result := table(workdirs)).row_count:
-            show(result)
+                with session.clock.phase("report"):
+                    print(f"report: {write_report(folder, types=types_of(e))}")
+    if jax.process_index() == 0 and (result := table(workdirs)).row_count:
+        show(result)
 
 
 def _steps(text: str) -> tuple[int, int]:

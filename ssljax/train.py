@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from ssljax.describe import describe
 from ssljax.encode import Encoder, Pixels
 from ssljax.evals.collapse import collapse
 from ssljax.evals.online import Classification
+from ssljax.goodput import Session, read_sessions, run_goodput
 from ssljax.mesh import batch_sharding, check_batch_size, global_batch, process_rows, shardings
 from ssljax.method import Context
 from ssljax.metrics import MetricLog, peak_flops
@@ -164,12 +165,14 @@ def train(
     wandb: str | None = None,
     profile: tuple[int, int] | None = None,
     devices: Sequence[Any] | None = None,
+    session: Session | None = None,
 ) -> Result:
     """Runs an experiment to its last step, resuming from the newest checkpoint in `workdir` if there is one.
 
     Args:
       wandb: project to log to, if any.
       profile: (first, last) step to trace into `<workdir>/profile`.
+      session: the record of this process, where it began before this call; the caller ends it.
 
     Raises:
       NotFiniteError: the loss or a metric is NaN or infinite; nothing from that step on is saved.
@@ -178,20 +181,25 @@ def train(
     workdir = epath.Path(workdir)
     if experiment.data.train is None:
         raise ValueError("data.train is not set: name your pictures, for example data.train=folder:/my/images")
-    run = Run(experiment, devices)
-    e = run.experiment
-    with jax.set_mesh(run.mesh), CheckpointStore(workdir, e.checkpoint) as store:
+    with nullcontext(session) if session else Session(workdir) as session, ExitStack() as stack:
+        clock = session.clock
+        run = Run(experiment, devices)
+        e = run.experiment
+        stack.enter_context(jax.set_mesh(run.mesh))
+        store = stack.enter_context(CheckpointStore(workdir, e.checkpoint))
         # 1. State: the newest checkpoint of this workdir, or a fresh one.
         if store.steps():
-            saved, metadata = store.metadata()
-            state, position = store.restore(abstract_like(run.state_shapes, run.state_shardings), saved)
+            with clock.phase("restore"):
+                saved, metadata = store.metadata()
+                state, position = store.restore(abstract_like(run.state_shapes, run.state_shardings), saved)
         else:
             state, position, metadata = run.init(), 0, None
         start = int(state.step)
         with MetricLog(workdir, e.steps, start, wandb, run.config) as log:
             describe(log, run, workdir, start, metadata and metadata["config"])
             began = time.perf_counter()
-            step_fn = run.compile_step()
+            with clock.phase("compile"):
+                step_fn = run.compile_step()
             log.say(f"compiled the training step in {time.perf_counter() - began:.1f} s")
             evaluate, pending, meter = _Evaluator(run, log), _Pending(), _Meter(step_fn, e.batch_size, run.mesh)
             bad_log = workdir / "bad_samples.jsonl"
@@ -199,37 +207,57 @@ def train(
 
             def log_pending() -> None:
                 if (record := pending.take()) is not None:
+                    session.reached(record[0])
                     log.step(record[0], record[1] | meter.read() | {"bad_samples": batches.bad})
+
+            session.start_steps(start)
 
             # 2. The loop. Its order is fixed: evaluation and checkpoint see exactly the state and the data position of
             #    `step`; only then is the next batch taken. A step's metrics are read when the next one is under way.
             for step in range(start, e.steps):
                 if step == 0 or (e.eval_every and step % e.eval_every == 0 and step > start):
                     log_pending()
-                    evaluate(step, state)
+                    pending.check_finite()
+                    with clock.phase("eval"):
+                        evaluate(step, state)
                     meter.restart()
                 if e.checkpoint.every and step % e.checkpoint.every == 0 and step > start:
                     log_pending()
                     pending.check_finite()
-                    store.save(state, step, position, run.metadata())
+                    with clock.phase("save"):
+                        store.save(state, step, position, run.metadata())
+                    session.reached(step)
                 _profile(profile, step, workdir)
                 with jax.transfer_guard("disallow"):
-                    with meter.waiting():
+                    with meter.waiting(), clock.phase("data wait") as wait:
                         rows = next(batches)
+                        if pending.under_way():  # the device had work all the while
+                            wait.name = "step"
                     state, metrics = step_fn(state, global_batch(rows, e.batch_size, run.mesh))
                     position += e.batch_size
+                    clock.steps += 1
                     log_pending()
                 pending.add(step + 1, metrics, due=(step + 1) % e.log_every == 0 or step + 1 == e.steps)
                 log.advance(step + 1)
+                if step == start:
+                    jax.block_until_ready(metrics)
+                    log.say(f"first step done {session.first_step_done():.1f} s after the start")
             # 3. The end: what the loop does at its top, once more.
             log_pending()
             pending.check_finite()
             _profile(profile, e.steps, workdir)
             if start < e.steps:
-                evaluate(e.steps, state)
-                store.save(state, e.steps, position, run.metadata())
+                with clock.phase("eval"):
+                    evaluate(e.steps, state)
+                with clock.phase("save"):
+                    store.save(state, e.steps, position, run.metadata())
+                    store.wait()
+            session.end = "finished"
+            session.reached(e.steps)
+            session.write()
             if batches.bad:
                 log.say(f"{batches.bad} of {batches.seen} samples were bad and replaced; see {bad_log}")
+            log.say(str(run_goodput(read_sessions(workdir))))
     return Result(state, evaluate.results)
 
 
@@ -252,6 +280,10 @@ class _Pending:
         # Embeddings are kept only where they will be looked at.
         self._steps.append((step, metrics if due else _scalars(metrics)))
         self._due = due
+
+    def under_way(self) -> bool:
+        """Whether the device still works on the newest step."""
+        return bool(self._steps) and not self._steps[-1][1]["loss"].is_ready()
 
     def take(self) -> tuple[int, dict[str, float]] | None:
         """The newest step's values with collapse diagnostics, if due; every step since the last reading is checked."""
