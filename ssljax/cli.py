@@ -140,6 +140,7 @@ def _train(options: argparse.Namespace) -> None:
     from etils import epath
     from rich import print as show
 
+    from ssljax.compilation import compilation_cache
     from ssljax.config import experiment, load_config, types_of
     from ssljax.goodput import Clock, Session, process_age
     from ssljax.summary import table
@@ -153,7 +154,8 @@ def _train(options: argparse.Namespace) -> None:
         if options.seeds > 1:
             config.seed = int(config.to_dict().get("seed", 0)) + i
         e = experiment(config)
-        with Session(folder, Clock(0.0 if i else process_age())) as session:
+        clock = Clock(0.0 if i else process_age())
+        with compilation_cache(workdir / "compilation_cache"), Session(folder, clock) as session:
             train(e, folder, wandb=options.wandb, profile=profile, session=session)
             if not options.no_report and jax.process_count() == 1:
                 from ssljax.report import write_report
