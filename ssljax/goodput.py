@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import jax
 from etils import epath
@@ -161,16 +161,19 @@ class Session:
         self._record.first_step = self._record.last_step = step
         self.write()
 
-    def first_step_done(self) -> float:
-        """Seconds from the start of the process until now, where the first step is done."""
+    def first_step_done(self, metrics: Any) -> float:
+        """Seconds from the start of the process to the end of its first step, whose metrics these are (it waits)."""
+        jax.block_until_ready(metrics)
         self._record.first_step_after = sum(self.clock.seconds().values())
+        self.write()
         return self._record.first_step_after
 
     def reached(self, step: int) -> None:
         """`step` steps are done, a checkpoint of them may exist. Recorded at most once a second."""
         self._record.last_step = step
         if time.monotonic() - self._written > _PAUSE:
-            self.write()
+            with suppress(OSError):  # a record that is late is no reason to stop
+                self.write()
 
     def write(self) -> None:
         """Brings the file up to date (process 0)."""

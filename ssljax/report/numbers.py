@@ -223,7 +223,9 @@ def time_spent(workdir: epath.Path) -> Html:
         if seconds >= 0.0005 * total.wall
     ]
     rows = [_session(session, sessions[i + 1 :]) for i, session in enumerate(sessions)]
-    listed = table(("started, UTC", "steps", "lasted", "goodput", "first step after", "end"), rows[-_SESSIONS_SHOWN:])
+    listed = table(
+        ("started, UTC", "steps done", "lasted", "goodput", "first step after", "end"), rows[-_SESSIONS_SHOWN:]
+    )
     earlier = f"The last {_SESSIONS_SHOWN} of {len(rows)} sessions." if len(rows) > _SESSIONS_SHOWN else None
     return section(title, lead(said), share_bar(title, parts), earlier and lead(earlier), listed)
 
