@@ -101,7 +101,7 @@ class CheckpointStore:
         The mesh and the number of processes may differ from those that saved it.
         """
         step, metadata = self.metadata(step)
-        self._check_fits(like, step)
+        self.check_fits(like, step)
         try:
             state = self._orbax.load_checkpointables(step, {"state": like})["state"]
         except Exception as error:
@@ -128,7 +128,7 @@ class CheckpointStore:
             with suppress(CheckpointError):
                 self.close()
 
-    def _check_fits(self, like: TrainState, step: int) -> None:
+    def check_fits(self, like: TrainState, step: int) -> None:
         """Raises if the arrays of a checkpoint are not those of `like`, naming them."""
         saved = self._metadata(step).metadata["state"]
         there, here = (

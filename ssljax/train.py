@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,9 +62,9 @@ class Run:
         self.eval_transform = HostTransform(e.data.size, e.data.eval_view.host_crops, e.data.tokenizer)
         self.batch_shapes = batch_shapes or self._read_batch_shapes()
         self.init_key, self.step_key = jax.random.split(jax.random.key(e.seed))
-        params = jax.eval_shape(self._init_method)[0]
-        self.optimizer = make_optimizer(e.optim, params, e.steps, e.batch_size)
-        self.state_shapes = jax.eval_shape(self._init)
+        parts = jax.eval_shape(self._init_method)
+        self.optimizer = make_optimizer(e.optim, parts[0], e.steps, e.batch_size)
+        self.state_shapes = jax.eval_shape(self._assemble, *parts)
         self.state_shardings = shardings(self.state_shapes, self.mesh, e.mesh.min_size)
 
     def init(self) -> TrainState:
@@ -153,7 +154,10 @@ class Run:
         return self.experiment.method.init(self.init_key, one_row)
 
     def _init(self) -> TrainState:
-        params, method_state = self._init_method()
+        return self._assemble(*self._init_method())
+
+    def _assemble(self, params: Any, method_state: Any) -> TrainState:
+        """The state before the first step."""
         average = None if self.experiment.optim.ema is None else params
         return TrainState(jnp.int32(0), params, self.optimizer.init(params), method_state, average)
 
@@ -188,19 +192,25 @@ def train(
         stack.enter_context(jax.set_mesh(run.mesh))
         store = stack.enter_context(CheckpointStore(workdir, e.checkpoint))
         # 1. State: the newest checkpoint of this workdir, or a fresh one.
-        if store.steps():
-            with clock.phase("restore"):
-                saved, metadata = store.metadata()
-                state, position = store.restore(abstract_like(run.state_shapes, run.state_shardings), saved)
-        else:
-            state, position, metadata = run.init(), 0, None
-        start = int(state.step)
+        like = abstract_like(run.state_shapes, run.state_shardings)
+        with clock.phase("restore"):
+            start, before = store.metadata() if store.steps() else (0, None)
+            if before:
+                store.check_fits(like, start)
+
+        def first_state() -> tuple[TrainState, int]:
+            with jax.set_mesh(run.mesh):  # every thread has its own
+                return store.restore(like, start) if before else (run.init(), 0)
+
+        # The disk, or another core, works while this thread traces the step.
+        loading = stack.enter_context(ThreadPoolExecutor(1)).submit(first_state)
         with MetricLog(workdir, e.steps, start, wandb, run.config) as log:
-            describe(log, run, workdir, start, metadata and metadata["config"])
-            began = time.perf_counter()
+            describe(log, run, workdir, start, before and before["config"])
             with clock.phase("compile"):
                 step_fn = run.compile_step()
-            log.say(f"compiled the training step in {time.perf_counter() - began:.1f} s")
+            with clock.phase("restore" if before else "start"):
+                state, position = loading.result()
+            log.say(f"compiled the training step in {clock.seconds()['compile']:.1f} s")
             evaluate, pending, meter = _Evaluator(run, log), _Pending(), _Meter(step_fn, e.batch_size, run.mesh)
             bad_log = workdir / "bad_samples.jsonl"
             batches = run.batches(position, bad_log)
@@ -211,7 +221,6 @@ def train(
                     log.step(record[0], record[1] | meter.read() | {"bad_samples": batches.bad})
 
             session.start_steps(start)
-
             # 2. The loop. Its order is fixed: evaluation and checkpoint see exactly the state and the data position of
             #    `step`; only then is the next batch taken. A step's metrics are read when the next one is under way.
             for step in range(start, e.steps):
@@ -240,8 +249,7 @@ def train(
                 pending.add(step + 1, metrics, due=(step + 1) % e.log_every == 0 or step + 1 == e.steps)
                 log.advance(step + 1)
                 if step == start:
-                    jax.block_until_ready(metrics)
-                    log.say(f"first step done {session.first_step_done():.1f} s after the start")
+                    log.say(f"first step done {session.first_step_done(metrics):.1f} s after the start")
             # 3. The end: what the loop does at its top, once more.
             log_pending()
             pending.check_finite()
