@@ -19,9 +19,11 @@ def compilation_cache(folder: epath.PathLike) -> Iterator[None]:
     """Inside, jax keeps compiled programs in `folder`, unless the user has named one (`JAX_COMPILATION_CACHE_DIR`).
 
     Programs are found by what they compute, the versions of jax and XLA, the flags and the kind of the chips (of CPUs,
-    their instruction sets), so another machine never gets a program that it cannot run. With several processes the
-    first one writes. An entry that cannot be read, as a kill in the middle of writing leaves it, costs a warning and a
-    compilation, and is replaced. What lies in `folder` is machine code: use no folder that others can write to.
+    their instruction sets), so another machine never gets a program that it cannot run. An entry that cannot be read,
+    as a kill in the middle of writing leaves it, costs a warning and a compilation, and is replaced.
+
+    jax lets process 0 write only. On CPUs the programs of the other processes go by other names, so those processes
+    compile at every start. What lies in `folder` is machine code: use no folder that others can write to.
     """
     settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": _WORTH}
     before = {name: jax.config.values[name] for name in settings}
