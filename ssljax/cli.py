@@ -33,11 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ssljax.checkpoint import CheckpointError
     from ssljax.config import ConfigError
     from ssljax.data.errors import BadSample
-    from ssljax.train import NotFiniteError
+    from ssljax.train import DivergedError
 
     try:
         options.verb(options)
-    except (CheckpointError, ConfigError, BadSample, NotFiniteError, ValueError, OSError, ImportError) as error:
+    except (CheckpointError, ConfigError, BadSample, DivergedError, ValueError, OSError, ImportError) as error:
         if options.traceback:
             raise
         print(f"ssljax: {type(error).__name__}: {error}", file=sys.stderr)

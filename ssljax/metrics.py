@@ -36,7 +36,8 @@ def peak_flops(device: Any) -> float | None:
 class MetricLog:
     """Writes metrics of one run. Only process 0 writes; the others keep silent.
 
-    A context manager: leaving it closes the files and the progress bar.
+    A context manager: leaving it closes the files and the progress bar. A run that continues at step `start` keeps the
+    first `records` lines of its `metrics.jsonl`, as many as there were when that step was saved.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class MetricLog:
         workdir: epath.PathLike,
         steps: int,
         start: int,
+        records: int = 0,
         wandb: str | None = None,
         config: Mapping[str, Any] | None = None,
     ):
@@ -52,11 +54,12 @@ class MetricLog:
         self._steps, self._started, self._start = steps, time.perf_counter(), start
         self._writers: list[Any] = []
         self._bar: Progress | None = None
+        self.records = records
         if not self._main:
             return
-        folder = epath.Path(workdir)
+        folder = self._folder = epath.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
-        self._jsonl = _continue_records(folder / "metrics.jsonl", start)
+        self._jsonl = _continue_records(folder / "metrics.jsonl", records)
         self._writers = [_TensorBoard(folder / "tensorboard")]
         if wandb is not None:
             self._writers.append(_WandB(wandb, folder, dict(config or {})))
@@ -111,8 +114,24 @@ class MetricLog:
         }
         self._jsonl.write(json.dumps(record) + "\n")
         self._jsonl.flush()
+        self.records += 1
         for writer in self._writers:
             writer.write(step, values)
+
+    def rewind(self, records: int) -> None:
+        """Drops all records but the first so many: the run goes back to where it was then."""
+        self.records = records
+        if self._main:
+            self._jsonl.close()
+            self._jsonl = _continue_records(self._folder / "metrics.jsonl", records)
+
+    def incident(self, step: int, kind: str, text: str) -> None:
+        """Something happened to the run: said, and appended to `incidents.jsonl`, which nothing ever shortens."""
+        self.say(text)
+        if self._main:
+            record = {"step": step, "time": round(time.time(), 3), "kind": kind, "text": text}
+            with (self._folder / "incidents.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """The record of a log step, also shown: in the bar on a terminal, as a line elsewhere."""
@@ -145,11 +164,13 @@ def read_records(workdir: epath.PathLike) -> list[dict[str, Any]]:
     return [json.loads(line) for line in complete]
 
 
-def _continue_records(path: epath.Path, start: int) -> Any:
-    """Opens the records for appending, without those after step `start`: a resumed run writes them again."""
+def _continue_records(path: epath.Path, records: int) -> Any:
+    """Opens the records for appending, all but the first so many dropped. The file is never half written."""
     if path.exists():
-        kept = [json.dumps(record) + "\n" for record in read_records(path.parent) if start and record["step"] <= start]
-        path.write_text("".join(kept))
+        kept = path.read_text().splitlines(keepends=True)[:records]
+        temporary = path.with_name(path.name + ".new")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
     return path.open("a")
 
 

@@ -17,7 +17,7 @@ from small import SIMCLR, clip, run_steps, simclr
 
 from ssljax.checkpoint import CheckpointError, CheckpointStore, abstract_like
 from ssljax.metrics import read_records
-from ssljax.train import NotFiniteError, Run, train
+from ssljax.train import DivergedError, Run, train
 
 ROOT = Path(__file__).parent.parent
 MESHES = [
@@ -122,9 +122,10 @@ def test_a_killed_run_resumes_bit_for_bit(unbroken, killed, tmp_path):
     shutil.copytree(killed, workdir)
     subprocess.run(command(workdir, *CHECKPOINTS), cwd=ROOT, env=environment(), check=True, capture_output=True)
     assert deterministic(workdir) == deterministic(unbroken)
-    (state, position), (expected, expected_position) = final_state(workdir), final_state(unbroken)
-    assert position == expected_position == 20 * 16
-    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    resumed, expected = final_state(workdir), final_state(unbroken)
+    assert resumed.progress == expected.progress
+    assert resumed.progress["position"] == 20 * 16
+    jax.tree.map(np.testing.assert_array_equal, resumed.state, expected.state)
 
 
 def test_a_killed_run_resumes_on_four_devices(unbroken, killed, tmp_path):
@@ -149,10 +150,10 @@ def test_two_processes_are_one_run(unbroken, tmp_path):
     )
     losses = lambda d: [r["loss"] for r in read_records(d)]  # noqa: E731
     np.testing.assert_allclose(losses(workdir), losses(unbroken), rtol=1e-5)
-    state, position = final_state(workdir)
-    assert position == 320
-    expected, _ = final_state(unbroken)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), state.params, expected.params)
+    found, expected = final_state(workdir), final_state(unbroken)
+    assert found.progress == expected.progress
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)  # noqa: E731
+    jax.tree.map(close, found.state.params, expected.state.params)
 
 
 # ---------------------------------------------------------------------------------------------------------- bad days
@@ -160,13 +161,13 @@ def test_two_processes_are_one_run(unbroken, tmp_path):
 
 def test_nan_stops_the_run_with_step_and_term(tmp_path):
     e = simclr("optim.lr=1e30", "checkpoint.every=1", "log_every=20")
-    with pytest.raises(NotFiniteError, match=r"step \d+: (loss|grad_norm) is (nan|inf)"):
+    with pytest.raises(DivergedError, match=r"step \d+: (loss|grad_norm) is (nan|inf)"):
         train(e, tmp_path)
     # What was saved is from before.
     run = Run(e, jax.devices()[:1])
     with CheckpointStore(tmp_path) as store:
         for step in store.steps():
-            state, _ = store.restore(abstract_like(run.state_shapes, run.state_shardings), step)
+            state = store.restore(abstract_like(run.state_shapes, run.state_shardings), step).state
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 
