@@ -6,8 +6,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -30,15 +29,18 @@ class BadSample(ValueError):
         return type(self), (str(self), self.key)
 
 
-@contextmanager
-def unreadable_is_bad(key: str | int | None = None) -> Iterator[None]:
-    """An `OSError` inside (the file is gone, the disk failed) becomes the `BadSample` of this record."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _OUT_OF:
-            raise
-        raise BadSample(f"cannot be read: {error}", key) from error
+class UnreadableIsBad:
+    """`with` it, an `OSError` (the file is gone, the disk failed) becomes the `BadSample` of the record `key`."""
+
+    def __init__(self, key: str | int | None = None):
+        self.key = key
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and error.errno not in _OUT_OF:
+            raise BadSample(f"cannot be read: {error}", self.key) from error
 
 
 class BadSamples:
@@ -54,7 +56,7 @@ class BadSamples:
             log.warning("%s is not a local file: bad records are named in the log only", os.fspath(path))
             self.path = None
         self._named: set[tuple[int, str | int]] = set()
-        self._known = 0  # bytes of the file that `_named` covers
+        self._known = 0  # bytes of the file, in whole lines, that `_named` covers
 
     def add(self, index: int, error: BadSample) -> None:
         key = error.key if isinstance(error.key, str | int) else str(error.key)
@@ -82,14 +84,15 @@ class BadSamples:
             others = file.read()
             listed = {_name(line) for line in others.splitlines()}
             self._named.update(name for name in listed if name is not None)
-            new = (index, key) not in listed
-            if new:
-                line = json.dumps({"index": index, "key": key, "reason": reason}) + "\n"
-                cut = others and not others.endswith(b"\n")  # by a crash
-                file.write(b"\n" * bool(cut) + line.encode())
-            file.flush()
+            self._known += others.rfind(b"\n") + 1
+            if (index, key) in listed:
+                return False
+            if others and not others.endswith(b"\n"):  # cut by a crash
+                file.write(b"\n")
+            line = json.dumps({"index": index, "key": key, "reason": reason}) + "\n"
+            file.write(line.encode())
             self._known = file.tell()
-        return new
+        return True
 
 
 def _name(line: bytes) -> tuple[int, str | int] | None:

@@ -215,9 +215,11 @@ def _numbers(name: str, value: Any) -> np.ndarray:
 
 def _integers(name: str, value: Any) -> np.ndarray:
     array = _numbers(name, value)
-    if array.dtype.kind not in "biu" or (array != array.astype(np.int32)).any():
-        raise BadSample(f"{name!r} is {_what(value)}; expected an integer of 32 bits")
-    return array.astype(np.int32)
+    if array.dtype.kind in "biu":
+        narrow = array.astype(np.int32)
+        if narrow.tolist() == array.tolist():
+            return narrow
+    raise BadSample(f"{name!r} is {_what(value)}; expected an integer of 32 bits")
 
 
 def _what(value: Any) -> str:

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from ssljax.data.errors import BadSample, BadSamples, unreadable_is_bad
+from ssljax.data.errors import BadSample, BadSamples, UnreadableIsBad
 from ssljax.data.shuffle import shuffled
 
 Batch = dict[str, np.ndarray]
@@ -167,7 +167,7 @@ def typical_sample(source: Records, transform: Transform) -> Batch:
     found = [tuple(sorted(_kinds(sample).items())) for sample in samples]
     kind, votes = Counter(found).most_common(1)[0]
     if 3 * votes < 2 * _VOTES:
-        _stack(samples, indices)  # raises
+        _check_alike(samples, indices)  # raises
     return samples[found.index(kind)]
 
 
@@ -206,7 +206,7 @@ class _Reader:
         record: Mapping[str, Any] = {}
         cache = self.cache
         try:
-            with unreadable_is_bad():
+            with UnreadableIsBad():
                 record = self.source[index] if cache is None or index not in cache else cache[index]
                 if cache is not None and index not in cache:
                     record = cache[index] = self.prepare(record)
@@ -243,7 +243,9 @@ class _TrainSteps:
 
     def __getitem__(self, index: int) -> Batch:
         samples, picks, replaced = self.read(index)
-        return {**_stack(samples, picks), "index": np.array(picks, np.int32), "replaced": np.array(replaced, np.int32)}
+        if self.reader.kinds is None:
+            _check_alike(samples, picks)
+        return {**_stack(samples), "index": np.array(picks, np.int32), "replaced": np.array(replaced, np.int32)}
 
     def read(self, step: int) -> tuple[list[Batch], list[int], list[int]]:
         """Of each row: its sample, the index of its record, and the number of bad records met before it."""
@@ -284,7 +286,8 @@ class _EvalSteps:
         # Each record once; the padding repeats the last.
         samples = [self._read(row, picks, mask) for row in range(len(np.unique(picks)))]
         samples += [samples[-1]] * (len(picks) - len(samples))
-        return {**_stack(samples, picks), "index": picks, "mask": mask}
+        _check_alike(samples, picks)
+        return {**_stack(samples), "index": picks, "mask": mask}
 
     def _read(self, row: int, picks: np.ndarray, mask: np.ndarray) -> Batch:
         """The sample of this row, or the next good one, and then the row is masked."""
@@ -351,16 +354,19 @@ def _hint(kinds: Kinds, name: str) -> str:
     return " (set data.size to fit every image to it)" if name in kinds and len(kinds[name][0]) >= 3 else ""
 
 
-def _stack(samples: Sequence[Batch], indices: Sequence[int] | np.ndarray) -> Batch:
+def _check_alike(samples: Sequence[Batch], indices: Sequence[int] | np.ndarray) -> None:
     first = _kinds(samples[0])
     for index, sample in zip(indices, samples, strict=True):
-        if sample.keys() != first.keys():
-            raise ValueError(f"record {indices[0]} gives {sorted(first)}, but record {index} gives {sorted(sample)}")
         kinds = _kinds(sample)
+        if kinds.keys() != first.keys():
+            raise ValueError(f"record {indices[0]} gives {sorted(first)}, but record {index} gives {sorted(kinds)}")
         for name in first:
             if kinds[name] != first[name]:
                 raise ValueError(
                     f"{name!r} is {_kind(first, name)} for record {indices[0]}, but {_kind(kinds, name)} for record "
                     f"{index}: a batch needs one shape{_hint(kinds, name)}"
                 )
-    return {name: np.stack([sample[name] for sample in samples]) for name in first}
+
+
+def _stack(samples: Sequence[Batch]) -> Batch:
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}

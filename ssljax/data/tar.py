@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssljax.data.errors import BadSample, unreadable_is_bad
+from ssljax.data.errors import BadSample, UnreadableIsBad
 from ssljax.data.sources.base import Missing, OpenFiles, Record, check_index, expand_files, extension
 
 FIELDS: Mapping[str, str] = {
@@ -213,7 +213,7 @@ class Tar:
             record["label"] = int(self.labels[i])
         for m in range(samples.first[i], samples.first[i + 1]):
             size = int(samples.sizes[m])
-            with unreadable_is_bad(key):
+            with UnreadableIsBad(key):
                 content = self._files.read(shard, int(samples.offsets[m]), size)
             if len(content) != size:
                 raise BadSample(f"{key} in {shard}: the file is shorter than when it was indexed", key)

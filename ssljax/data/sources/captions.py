@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ssljax.data.errors import BadSample, unreadable_is_bad
+from ssljax.data.errors import BadSample, UnreadableIsBad
 from ssljax.data.sources.base import PICTURES, Missing, OpenFiles, Record, check_index, expand, extension, nearest
 from ssljax.data.tar import tar_index
 
@@ -89,7 +89,7 @@ class Captions:
 
     def __getitem__(self, index: int) -> Record:
         member, text = self._rows[check_index(index, len(self))]
-        with unreadable_is_bad(member):
+        with UnreadableIsBad(member):
             return {"image": self._pictures.read(member), "text": text, "key": member}
 
 
