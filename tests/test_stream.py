@@ -5,6 +5,10 @@ import itertools
 import json
 import logging
 import math
+import os
+import signal
+import sys
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -313,6 +317,65 @@ def test_a_failing_transform_names_the_record():
     with pytest.raises(ZeroDivisionError) as caught:
         next(train_batches(Numbers(10), fail, batch_size=2, seed=0, loader=INLINE))
     assert "record-" in caught.value.__notes__[0]
+
+
+class Stubborn(Exception):
+    """Cannot be pickled, for the lambda, nor unpickled, for the two arguments."""
+
+    def __init__(self, what, why):
+        super().__init__(f"{what}: {why}")
+        self.remedy = lambda: None
+
+
+@dataclass
+class Failing:
+    """A transform that goes wrong at record 13. Module-level, so that worker processes can unpickle it."""
+
+    kind: str
+
+    def __call__(self, record, rng):
+        if record["value"] == 13:
+            match self.kind:
+                case "unpicklable":
+                    raise Stubborn("oops", "why not")
+                case "the end":
+                    raise StopIteration("oops")
+                case "exit":
+                    sys.exit("oops")
+                case "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+        return draw(record, rng)
+
+
+def until_it_fails(kind: str, loader: Loader) -> tuple[list, BaseException]:
+    """(the batches before the error, the error)"""
+    batches, taken = train_batches(Numbers(40), Failing(kind), batch_size=5, seed=0, loader=loader), []
+    with pytest.raises((Stubborn, RuntimeError)) as caught:
+        deque(map(taken.append, batches))
+    assert list(batches) == []
+    return taken, caught.value
+
+
+@pytest.mark.parametrize("loader", [INLINE, Loader(threads=2)], ids=["inline", "threads"])
+@pytest.mark.parametrize("kind", ["unpicklable", "the end", "exit"])
+def test_any_error_ends_the_stream_at_its_batch(kind, loader):
+    """Also those that Python takes for the end of an iterator, or of the program."""
+    expected = take(train_batches(Numbers(40), draw, batch_size=5, seed=0, steps=8, loader=INLINE))
+    bad = next(i for i, batch in enumerate(expected) if 13 in batch["index"])
+    taken, error = until_it_fails(kind, loader)
+    assert_same(taken, expected[:bad])
+    assert "record 13, key 'record-13'" in str(error)
+    assert "oops" in str(error)
+
+
+def test_any_error_of_a_worker_process_surfaces():
+    _, error = until_it_fails("unpicklable", Loader(threads=1, workers=1))
+    assert "record 13, key 'record-13': Stubborn: oops: why not" in str(error)
+
+
+def test_a_killed_worker_process_surfaces():
+    _, error = until_it_fails("killed", Loader(threads=1, workers=1))
+    assert "terminated unexpectedly with exit code -9" in str(error)
 
 
 def test_an_oserror_of_the_decoder_is_a_bad_record():
