@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ssljax.config import experiment, load_config
-from ssljax.train import Run
+from ssljax.run import Run
 
 MIB = 2**20
 

@@ -23,7 +23,8 @@ from rich.table import Table
 
 from ssljax.config import Experiment, experiment, load_config
 from ssljax.metrics import read_records
-from ssljax.train import Run, train
+from ssljax.run import Run
+from ssljax.train import train
 
 TINY = (
     "method.encoder.blocks=(1,)",
@@ -45,8 +46,6 @@ def tiny(variant: str, steps: int, *overrides: str) -> Experiment:
 
 class Same:
     """One batch again and again, in place of the loader."""
-
-    bad = 0
 
     def __init__(self, batch: Batch):
         self._batch = batch

@@ -13,7 +13,7 @@ from ssljax.checkpoint import CheckpointError, CheckpointStore, abstract_like
 from ssljax.config import Experiment, build
 from ssljax.data import Source, parse_source
 from ssljax.encode import FrozenEncoder
-from ssljax.train import Run
+from ssljax.run import Run
 
 
 @dataclass(frozen=True)

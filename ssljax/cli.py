@@ -33,14 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ssljax.checkpoint import CheckpointError
     from ssljax.config import ConfigError
     from ssljax.data.errors import BadSample
-    from ssljax.train import DivergedError
+    from ssljax.flight import DivergedError
 
     try:
         options.verb(options)
     except (CheckpointError, ConfigError, BadSample, DivergedError, ValueError, OSError, ImportError) as error:
         if options.traceback:
             raise
-        print(f"ssljax: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"ssljax: {type(error).__name__}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1
     return 0
 

@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -152,6 +153,43 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Meter:
+    """Throughput between log steps: images/s, share of time spent waiting for data, model FLOP/s and MFU."""
+
+    def __init__(self, step_fn: Any, batch_size: int, mesh: jax.sharding.Mesh):
+        # XLA counts the program of one device.
+        self._flops = float((step_fn.cost_analysis() or {}).get("flops", 0.0))
+        self._batch, self._devices, self._peak = batch_size, mesh.size, peak_flops(mesh.devices.flat[0])
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts the clock anew: what came before (compilation, evaluation) is not training."""
+        self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for the next batch."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """The figures since the last reading."""
+        elapsed = time.perf_counter() - self._since
+        per_second = self._steps / elapsed
+        figures = {
+            "images_per_second": per_second * self._batch,
+            "images_per_second_per_device": per_second * self._batch / self._devices,
+            "data_wait": self._waited / elapsed,
+            "flops_per_second_per_device": per_second * self._flops,
+        }
+        if self._peak:
+            figures["mfu"] = per_second * self._flops / self._peak
+        self.restart()
+        return figures
 
 
 def read_records(workdir: epath.PathLike) -> list[dict[str, Any]]:

@@ -8,8 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from ssljax.config import Experiment, apply_override, experiment, load_config
+from ssljax.run import Run
 from ssljax.state import TrainState
-from ssljax.train import Run
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

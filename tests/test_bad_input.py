@@ -22,7 +22,8 @@ import ssljax
 from ssljax.checkpoint import CheckpointError, CheckpointStore, abstract_like
 from ssljax.cli import main
 from ssljax.metrics import read_records
-from ssljax.train import Run, train
+from ssljax.run import Run
+from ssljax.train import train
 
 
 def fails(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:

@@ -14,10 +14,12 @@ from ssljax.checkpoint import CheckpointStore, abstract_like
 from ssljax.data import Digits
 from ssljax.data.shuffle import shuffled
 from ssljax.diagnose import first_not_finite
+from ssljax.flight import DivergedError
 from ssljax.guard import Guard, why_refused
 from ssljax.metrics import read_records
 from ssljax.models import ViT
-from ssljax.train import DivergedError, Run, train
+from ssljax.run import Run
+from ssljax.train import train
 
 MARK = 99  # the label of records that spoil their batch
 SIZE = 16  # of a batch
@@ -208,8 +210,6 @@ def test_a_run_that_cannot_go_on_says_why(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- where it is
-
-
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -17,8 +17,8 @@ from ssljax.listing import config_files
 from ssljax.method import Context, Method
 from ssljax.optim import parameter_rules
 from ssljax.rules import names
+from ssljax.run import Run
 from ssljax.state import TrainState
-from ssljax.train import Run
 
 FILES = config_files(Path(__file__).parent.parent / "configs")
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from small import quick_compilation, simclr  # noqa: F401
 
+from ssljax.run import Run
 from ssljax.soundness import Soundness, StateError, describe, unequal_copies
-from ssljax.train import Run
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,10 @@ import pytest
 from small import SIMCLR, clip, run_steps, simclr
 
 from ssljax.checkpoint import CheckpointError, CheckpointStore, abstract_like
+from ssljax.flight import DivergedError
 from ssljax.metrics import read_records
-from ssljax.train import DivergedError, Run, train
+from ssljax.run import Run
+from ssljax.train import train
 
 ROOT = Path(__file__).parent.parent
 MESHES = [

@@ -31,7 +31,7 @@ from ssljax.checkpoint import CheckpointStore, abstract_like
 from ssljax.config import experiment, load_config
 from ssljax.data import Digits
 from ssljax.metrics import read_records
-from ssljax.train import Run
+from ssljax.run import Run
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = Path(__file__).parent / "config.py"
@@ -129,7 +129,6 @@ class Campaign:
     kills: Counter = field(default_factory=Counter)
     equal: int = 0
     runs: int = 0
-    
 
     def disturb(self, training: Training, kills: int, moments: Sequence[str] = MOMENTS) -> None:
         """Kills the run so many times (or until it gets to its end), then lets it finish."""

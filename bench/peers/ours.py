@@ -17,7 +17,7 @@ from ssljax.data import Arrays
 from ssljax.method import Context
 from ssljax.models import ResNet
 from ssljax.rules import leaf_name
-from ssljax.train import Run
+from ssljax.run import Run
 from ssljax.views import View, Views
 
 PROBE = 32  # rows of the batch on which both networks must agree

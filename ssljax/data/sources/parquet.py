@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from ssljax.data.errors import BadSample
 from ssljax.data.sources.arrays import check_labels
-from ssljax.data.sources.base import Record, check_index, expand, expand_files, nearest
+from ssljax.data.sources.base import Missing, Record, check_index, expand, expand_files, nearest
 
 Role = Literal["image", "label", "text"]
 
@@ -46,11 +46,12 @@ class Parquet:
     label: str | None = None
     text: str | None = None
     cache_mib: int = 256  # row groups kept in memory, shared by the threads of a process
+    missing: Missing = "error"  # of whole files: one that is cut cannot be opened; drop: see `base.Missing`
 
     def __post_init__(self) -> None:
         if not self._columns:
             raise ValueError(
-                f"cannot tell which column of {self._files[0]} is the picture or the text; its columns are "
+                f"cannot tell which column of {self._files[0][0]} is the picture or the text; its columns are "
                 f"{self._schema.names}. Set image=..., label=..., text=..."
             )
         _ = self.classes
@@ -60,10 +61,23 @@ class Parquet:
         return {k: v for k, v in self.__dict__.items() if k not in ("_groups", "_label_values")}
 
     @cached_property
-    def _files(self) -> tuple[Path, ...]:
+    def _files(self) -> tuple[tuple[Path, ...], tuple[tuple[str, str], ...]]:
+        """(files to read, (why, name) of those that are missing or damaged)"""
+        files, lost = list(self._named_files()), []
+        for file in tuple(files) if self.missing == "drop" else ():
+            try:
+                _Groups((file,), 0)
+            except ValueError as error:
+                files.remove(file)
+                lost.append((f"the shard {file} is missing or damaged: {error}", file.name))
+        if not files:
+            raise ValueError(f"no row is left: {lost[0][0]}")
+        return tuple(files), tuple(lost)
+
+    def _named_files(self) -> tuple[Path, ...]:
         path = expand(self.path)
         if not path.is_dir():
-            return expand_files(self.path, "parquet file")
+            return expand_files(self.path, "parquet file", self.missing)
         files = sorted(path.glob("*.parquet")) or sorted(path.glob("*.arrow"))
         if not files:
             below = sorted({str(f.parent) for f in [*path.glob("*/*.parquet"), *path.glob("*/*.arrow")]})
@@ -74,7 +88,7 @@ class Parquet:
 
     @cached_property
     def _groups(self) -> "_Groups":
-        return _Groups(self._files, self.cache_mib << 20)
+        return _Groups(self._files[0], self.cache_mib << 20)
 
     @property
     def _schema(self) -> pa.Schema:
@@ -103,7 +117,7 @@ class Parquet:
         for role, name in given.items():
             if name is not None and name not in names:
                 raise ValueError(
-                    f"{self._files[0]} has no column {name!r}{nearest(name, names)} Its columns are {names}"
+                    f"{self._files[0][0]} has no column {name!r}{nearest(name, names)} Its columns are {names}"
                 )
             usual = (usual for usual in _USUAL[role] if usual in names)
             if chosen := name or by_schema.get(role) or next(usual, None):
@@ -140,15 +154,21 @@ class Parquet:
             return None
         number = {name: i for i, name in enumerate(self.classes)}
         plain = values.to_pylist()
-        return np.array([-1 if v is None else number[v] if isinstance(v, str) else v for v in plain], np.int32)
+        known = [-1 if v is None else number[v] if isinstance(v, str) else v for v in plain]
+        return np.array(known + [-1] * len(self._files[1]), np.int32)
 
     def __len__(self) -> int:
-        return len(self._groups)
+        return len(self._groups) + len(self._files[1])
 
     def __getitem__(self, index: int) -> Record:
         i = check_index(index, len(self))
-        row = self._groups.row(i, list(self._columns.values()))
+        if i >= len(self._groups):
+            raise BadSample(*self._files[1][i - len(self._groups)])
         record: Record = {"key": f"{Path(self.path).name}[{i}]"}
+        try:
+            row = self._groups.row(i, list(self._columns.values()))
+        except pa.ArrowException as error:
+            raise BadSample(f"row {i} of {self.path} cannot be read: {error}", record["key"]) from error
         for role, column in self._columns.items():
             value = row[column]
             if role == "label":
@@ -194,7 +214,8 @@ class _Groups:
                     counts = [opened.metadata.row_group(g).num_rows for g in range(opened.metadata.num_row_groups)]
             except (pa.ArrowInvalid, OSError) as error:
                 raise ValueError(
-                    f"{file} is not a complete parquet or Arrow file ({error}); copy or download it again"
+                    f"{file} is not a complete parquet or Arrow file ({error}); copy or download it again, or set "
+                    "missing='drop' to go on without it"
                 ) from error
             if schemas[-1].names != schemas[0].names:
                 raise ValueError(f"{file} has the columns {schemas[-1].names}, but {files[0]} has {schemas[0].names}")
