@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core
 
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters under which calls keep what they call
@@ -120,7 +121,7 @@ class _Watch:
 
 
 def _is_wrong_constant(x: Any) -> bool:
-    return not isinstance(x, jax.core.Tracer) and np.asarray(x).dtype.kind == "f" and not np.isfinite(x).all()
+    return not isinstance(x, Tracer) and np.asarray(x).dtype.kind == "f" and not np.isfinite(x).all()
 
 
 def _any(taints: Sequence[Any]) -> Any:

@@ -77,7 +77,11 @@ class Run:
             start=start,
             rows=self.rows,
             loader=e.data.loader,
-            like=_samples({name: x.update(shape=x.shape[1:]) for name, x in self.batch_shapes.items()}),
+            like={
+                name: x.update(shape=x.shape[1:])
+                for name, x in _samples(self.batch_shapes).items()
+                if name != "index"  # the stream's own
+            },
             bad_log=bad_log,
         )
 

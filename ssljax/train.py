@@ -13,7 +13,7 @@ from ssljax.config import Experiment
 from ssljax.describe import describe
 from ssljax.encode import Pixels
 from ssljax.evals.online import Classification
-from ssljax.flight import Flight
+from ssljax.flight import DivergedError, Flight
 from ssljax.metrics import Meter, MetricLog
 from ssljax.preemption import Preempted, StopSignal
 from ssljax.run import Run
