@@ -105,9 +105,9 @@ def _scan(path: Path, size: int) -> TarIndex:
             damage = f"truncated: no end mark after its member {len(names)} (byte {end} of {size})"
     if not names and not damage:
         raise ValueError(f"{path} has no files inside")
-    whole = [i for i, (offset, length) in enumerate(zip(offsets, sizes, strict=True)) if offset + length <= size]
-    offsets, sizes = (np.array([column[i] for i in whole], np.int64) for column in (offsets, sizes))
-    return TarIndex(tuple(names[i] for i in whole), offsets, sizes, damage)
+    if damage and names and offsets[-1] + sizes[-1] > size:  # the cut went through the last member
+        names, offsets, sizes = names[:-1], offsets[:-1], sizes[:-1]
+    return TarIndex(tuple(names), np.array(offsets, np.int64), np.array(sizes, np.int64), damage)
 
 
 def _refuse_unsafe(member: tarfile.TarInfo, path: Path) -> None:
