@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from ssljax.data import check_bad_fraction
 from ssljax.diagnose import first_not_finite
@@ -27,10 +28,10 @@ class Flight:
     decided here follows from arrays that are equal in all processes.
     """
 
-    def __init__(self, run: Run, log: MetricLog, meter: Meter, progress: Progress, step: int):
+    def __init__(self, run: Run, log: MetricLog, meter: Meter, progress: Progress, step: int, bad_log: epath.Path):
         self.step, self.stop = step, False
         self._experiment, self._log, self._meter, self._progress = run.experiment, log, meter, progress
-        self._run = run
+        self._run, self._bad_log = run, bad_log
         self._steps: deque[tuple[dict[str, Any], Notes, dict[str, np.ndarray], int]] = deque()
         self._diagnose = jax.jit(collapse)
         self._reason, self._rows = "", {}  # of the latest refused step
@@ -60,7 +61,7 @@ class Flight:
             step = self.step - len(self._steps)  # of this one, if it was taken
             self.stop |= stop > 0
             progress.bad += replaced
-            check_bad_fraction(progress.bad, position, e.data.loader.max_bad_fraction)
+            check_bad_fraction(progress.bad, position, e.data.loader.max_bad_fraction, self._bad_log)
             if refused:
                 self._refuse(step, metrics, notes, rows, position)
             else:

@@ -70,8 +70,8 @@ def train(
             step_fn = run.compile_step()
             log.say(f"compiled the training step in {time.perf_counter() - began:.1f} s")
             evaluate, meter = _Evaluator(run, log), Meter(step_fn, e.batch_size, run.mesh)
-            flight = Flight(run, log, meter, progress, start)
             bad_log = workdir / "bad_samples.jsonl"
+            flight = Flight(run, log, meter, progress, start, bad_log)
             batches = run.batches(progress.position, bad_log)
 
             def save() -> None:

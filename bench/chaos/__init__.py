@@ -18,7 +18,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,36 +62,53 @@ class Training:
     source: str
     processes: int = 1
     overrides: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
-    def start(self) -> list[subprocess.Popen]:
-        """The command, once for each process. It starts the run, or resumes it."""
+    def start(self, processes: int | None = None, devices: int = 1) -> list[subprocess.Popen]:
+        """The command, once for each process (of so many CPU devices). It starts the run, or resumes it."""
+        processes = processes or self.processes
         self.workdir.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "ssljax.cli", "train", "--config", f"{CONFIG}:run", "--workdir",
-                   str(self.workdir), "--no-report", f"data.train={self.source}", *self.overrides]  # fmt: skip
-        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
         port = _free_port()
         started = []
-        for process in range(self.processes):
-            several = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(self.processes), "--process",
+        for process in range(processes):
+            several = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes), "--process",
                        str(process)]  # fmt: skip
             with (self.workdir / f"output-{process}.txt").open("a") as output:
                 started.append(
                     subprocess.Popen(
-                        command + several * (self.processes > 1),
+                        self.command() + several * (processes > 1),
                         cwd=ROOT,
-                        env=environment,
+                        env=self.variables(devices),
                         stdout=output,
                         stderr=subprocess.STDOUT,
                     )
                 )
         return started
 
-    def finish(self) -> None:
+    def command(self) -> list[str]:
+        """Of one process."""
+        return [sys.executable, "-m", "ssljax.cli", "train", "--config", f"{CONFIG}:run", "--workdir",
+                str(self.workdir), "--no-report", f"data.train={self.source}", *self.overrides]  # fmt: skip
+
+    def variables(self, devices: int = 1) -> dict[str, str]:
+        """The environment of a process with so many CPU devices."""
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, **self.environment}
+
+    def finish(self, processes: int | None = None, devices: int = 1) -> None:
         """Runs it to its end."""
-        for process in self.start():
+        for process in self.start(processes, devices):
             if process.wait(PATIENCE) != 0:
                 raise RuntimeError(f"{self.workdir} failed:\n{self.output()}")
+
+    def run_until(self, step: int, processes: int | None = None, devices: int = 1) -> list[subprocess.Popen]:
+        """Starts it and returns its processes when the metrics of that step are written."""
+        started, began = self.start(processes, devices), time.monotonic()
+        while self.steps_logged() < step:
+            if time.monotonic() - began > PATIENCE or any(process.poll() is not None for process in started):
+                raise RuntimeError(f"{self.workdir} did not get to step {step}:\n{self.output()}")
+            time.sleep(0.01)
+        return started
 
     def output(self) -> str:
         """The end of what the processes printed."""
