@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,15 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
     else:
         jax.distributed.initialize(launch.coordinator, launch.processes, launch.process)
     return launch
+
+
+def gather_texts(text: str) -> list[str]:
+    """The texts of all processes, in their order. All of them must call it: a way to come to one decision."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(data.size))
+    padded = np.zeros(max(sizes), np.uint8)
+    padded[: data.size] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]

@@ -199,7 +199,13 @@ def read_records(workdir: epath.PathLike) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"{path} does not exist; is {workdir} the workdir of a run?")
     lines = path.read_text().splitlines()
     complete = lines[:-1] if lines and not lines[-1].endswith("}") else lines
-    return [json.loads(line) for line in complete]
+    records = []
+    for number, line in enumerate(complete, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return records
 
 
 def _continue_records(path: epath.Path, records: int) -> Any:

@@ -1,7 +1,7 @@
 """The training loop. One for all methods; it knows none of them by name."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,15 +56,17 @@ def train(
     e = run.experiment
     soundness = Soundness(run.state_shapes, run.state_shardings, run.mesh)
     with jax.set_mesh(run.mesh), StopSignal() as stop, CheckpointStore(workdir, e.checkpoint) as store:
-        # 1. State: the newest checkpoint of this workdir, or a fresh one.
-        like = abstract_like(run.state_shapes, run.state_shardings)
-        state, progress, metadata = _start(run, store, like)
+        # 1. State: the newest good checkpoint of this workdir, or a fresh one.
+        damages: list[str] = []
+        state, progress, before = _start(run, store, damages.append)
         start = int(state.step)
         with (
             MetricLog(workdir, e.steps, start, progress.records, wandb, run.config) as log,
             Watchdog(workdir, jax.process_index(), jax.process_count(), log.say, e.heartbeats) as watch,
         ):
-            describe(log, run, workdir, start, metadata and metadata["config"])
+            describe(log, run, workdir, start, before)
+            for damage in damages:
+                log.incident(start, "checkpoint", damage)
             watch.at("compile", start)
             began = time.perf_counter()
             step_fn = run.compile_step()
@@ -105,15 +107,15 @@ def train(
                         raise DivergedError(flight.diagnosis(state))
                     progress.rewinds, progress.in_a_row = progress.rewinds + 1, 0
                     store.wait()
-                    state, before, _ = _start(run, store, like)
-                    progress.evaluated = before.evaluated
+                    state, then, _ = _start(run, store, lambda damage: log.incident(flight.step, "checkpoint", damage))
+                    progress.evaluated = then.evaluated
                     log.incident(
                         flight.step,
                         "rewind",
                         f"{e.guard.in_a_row} steps in a row were refused after step {flight.step}: going back to step "
                         f"{int(state.step)}, and on with the data from sample {progress.position:,}",
                     )
-                    log.rewind(before.records)
+                    log.rewind(then.records)
                     saved = flight.step = int(state.step)
                     continue
                 if comparing:
@@ -152,12 +154,14 @@ def train(
     return Result(state, evaluate.results)
 
 
-def _start(run: Run, store: CheckpointStore, like: TrainState) -> tuple[TrainState, Progress, dict[str, Any] | None]:
-    """State, progress and metadata of the newest checkpoint; of a fresh run without one."""
-    if not store.steps():
+def _start(
+    run: Run, store: CheckpointStore, report: Callable[[str], None]
+) -> tuple[TrainState, Progress, dict[str, Any] | None]:
+    """State, progress and config of the newest good checkpoint; of a fresh run if there is none."""
+    found = store.resume(abstract_like(run.state_shapes, run.state_shardings), report)
+    if found is None:
         return run.init(), Progress(), None
-    found = store.restore(like)
-    return found.state, Progress(**found.progress), found.metadata
+    return found.state, Progress(**found.progress), found.metadata["config"]
 
 
 class _Evaluator:

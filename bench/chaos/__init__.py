@@ -118,8 +118,7 @@ class Training:
         """What two equal runs agree in."""
         config = load_config(f"{CONFIG}:run", [f"data.train={self.source}", *self.overrides])
         run = Run(experiment(config), jax.devices()[:1])
-        with CheckpointStore(self.workdir) as store:
-            found = store.restore(abstract_like(run.state_shapes, run.state_shardings))
+        found = CheckpointStore(self.workdir).restore(abstract_like(run.state_shapes, run.state_shardings))
         records = [
             {name: value for name, value in record.items() if not any(part in name for part in CLOCK)}
             for record in read_records(self.workdir)
