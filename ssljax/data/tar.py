@@ -6,11 +6,9 @@ are never extracted: their names are only names.
 """
 
 import hashlib
-import json
 import os
 import tarfile
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ssljax.bounded import parse_json, read_npz
 from ssljax.data.errors import BadSample
-from ssljax.data.sources.base import OpenFiles, Record, check_index, expand_files, extension
+from ssljax.data.sources.base import OpenFiles, Record, check_index, expand_files, extension, int32
+from ssljax.data.tar_headers import Member, read_members
 
 FIELDS: Mapping[str, str] = {
     "jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "cls": "label", "txt": "text", "json": "json",
@@ -54,14 +54,14 @@ def tar_index(path: Path) -> TarIndex:
     for cache in (beside, at_home):
         if (index := _read_cache(cache, stamp)) is not None:
             return index
-    index = _scan(path, status.st_size)
+    index = _scan(path)
     for cache in (beside, at_home):
         if _write_cache(cache, stamp, index):
             break
     return index
 
 
-def _scan(path: Path, size: int) -> TarIndex:
+def _scan(path: Path) -> TarIndex:
     with open(path, "rb") as file:
         magic = file.read(6)
         if not magic:
@@ -77,52 +77,51 @@ def _scan(path: Path, size: int) -> TarIndex:
                 "unpack it once (for example `gunzip`) and give the .tar"
             )
         names, offsets, sizes = [], [], []
-        file.seek(0)
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    _refuse_unsafe(member, path)
-                    if member.isreg():
-                        names.append(member.name.removeprefix("./"))
-                        offsets.append(member.offset_data)
-                        sizes.append(member.size)
-                end = tar.offset
+            for member in read_members(file):
+                _refuse_unsafe(member, path)
+                if member.kind == b"0":
+                    names.append(member.name.removeprefix("./"))
+                    offsets.append(member.offset)
+                    sizes.append(member.size)
         except tarfile.TarError as error:
             raise ValueError(f"{path} is truncated or not a tar file ({error}); copy or download it again") from error
-        # tarfile takes a damaged header for the end, and a cut between two members goes unnoticed without this check
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            raise ValueError(
-                f"{path} is truncated: no end mark after its member {len(names)} (byte {end} of {size}); copy or "
-                "download it again"
-            )
     if not names:
         raise ValueError(f"{path} has no files inside")
     return TarIndex(tuple(names), np.array(offsets, np.int64), np.array(sizes, np.int64))
 
 
-def _refuse_unsafe(member: tarfile.TarInfo, path: Path) -> None:
-    if member.name.startswith("/") or ".." in member.name.split("/"):
+def _refuse_unsafe(member: Member, path: Path) -> None:
+    if _is_unsafe(member.name):
         raise ValueError(
             f"{path} has a member named {member.name!r}; absolute names and '..' are refused. Write the tar again"
         )
-    if not (member.isreg() or member.isdir()):
+    if member.kind not in (b"0", b"5"):
         raise ValueError(
             f"{path} has a link or device inside: {member.name!r}; only plain files are read. Write the tar again with "
             "links followed (`tar --dereference --hard-dereference`)"
         )
 
 
+def _is_unsafe(name: str) -> bool:
+    return name.startswith("/") or "\0" in name or ".." in name.split("/")
+
+
 def _read_cache(cache: Path, stamp: np.ndarray) -> TarIndex | None:
+    """The saved index. It is believed no more than the shard is: it may name nothing outside of it."""
+    size = int(stamp[1])
     try:
-        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as saved:
-            if not np.array_equal(saved["stamp"], stamp):
-                return None
-            names = tuple(saved["names"].tobytes().decode().split("\0"))
-            index = TarIndex(names, saved["offsets"], saved["sizes"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        saved = read_npz(cache, most=2**16 + size)  # each member has 512 bytes of header in the shard, and its name
+        if not np.array_equal(saved["stamp"], stamp):
+            return None
+        names = tuple(saved["names"].tobytes().decode().split("\0"))
+        offsets, sizes = saved["offsets"], saved["sizes"]
+    except (OSError, ValueError, KeyError):
         return None  # not there, or unreadable: the shard itself is the truth
-    return index if len(index.names) == len(index.offsets) == len(index.sizes) else None
+    inside = all(x.dtype == np.int64 and x.shape == (len(names),) and (x >= 0).all() for x in (offsets, sizes))
+    if not inside or (offsets > size).any() or (sizes > size - offsets).any() or any(map(_is_unsafe, names)):
+        return None
+    return TarIndex(names, offsets, sizes)
 
 
 def _write_cache(cache: Path, stamp: np.ndarray, index: TarIndex) -> bool:
@@ -217,12 +216,16 @@ def _parse(name: str, content: bytes, key: str, shard: Path) -> Record:
     try:
         text = content.decode()
         if name == "label":
-            return {name: int(text)}
+            return {name: int32(int(text))}
         if name == "text":
             return {name: text.strip()}
-        entries = json.loads(text)
+        entries = parse_json(text)
         if not isinstance(entries, dict):
             raise ValueError("the JSON is not an object")
+        if "label" in entries:
+            int32(entries["label"])
+        if not isinstance(entries.get("text", ""), str):
+            raise ValueError("the JSON's 'text' is not a string")
     except ValueError as error:
         raise BadSample(f"{key} in {shard}: cannot read its {name} ({error})", key) from error
     return {k: v for k, v in entries.items() if isinstance(v, str | int | float) and k not in ("image", "key")}

@@ -10,6 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from ssljax.bounded import LARGEST_RECORD, read_file
+from ssljax.data.errors import BadSample
+
 Record = dict[str, Any]
 """One sample: numpy arrays, bytes, str, ints, floats, and tuples of str. Conventional keys: `image` (uint8 `[H,W,C]` or
 the encoded bytes of a picture), `label` (int), `text` (str or tuple of str), `key` (a name for messages)."""
@@ -38,6 +41,24 @@ def check_index(index: int, length: int) -> int:
     if not -length <= i < length:
         raise IndexError(f"index {i} is outside a source of {length} samples")
     return i % length
+
+
+def int32(label: Any) -> int:
+    """`label`, if it is an int that fits into the int32 of a batch; else raises ValueError."""
+    if not isinstance(label, int):
+        raise ValueError(f"a label must be an int, not {type(label).__name__}")
+    if not -(2**31) <= label < 2**31:
+        raise ValueError("a label does not fit into 32 bits")
+    return label
+
+
+def read_picture(path: Path, key: str) -> bytes:
+    """The content of a picture's file. Raises BadSample for a pipe, a device and a file of more than
+    `ssljax.bounded.LARGEST_RECORD` bytes."""
+    try:
+        return read_file(path)
+    except ValueError as error:
+        raise BadSample(str(error), key) from error
 
 
 def expand(path: str | os.PathLike) -> Path:
@@ -118,6 +139,8 @@ class OpenFiles:
         self._descriptors: dict[Path, int] = {}
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
+        if size > LARGEST_RECORD:
+            raise BadSample(f"{path} has a member of {size:,} bytes, over the limit of {LARGEST_RECORD:,}")
         descriptor = self._descriptors.get(path)
         if descriptor is not None:
             return os.pread(descriptor, size, offset)

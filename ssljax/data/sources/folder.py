@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssljax.data.sources.base import PICTURES, Record, check_index, expand, extension
+from ssljax.data.sources.base import PICTURES, Record, check_index, expand, extension, read_picture
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Folder:
     def __getitem__(self, index: int) -> Record:
         i = check_index(index, len(self))
         name = self._names[i]
-        record: Record = {"image": (self._root / name).read_bytes(), "key": name}
+        record: Record = {"image": read_picture(self._root / name, name), "key": name}
         if self.labels is not None:
             record["label"] = int(self.labels[i])
         return record
