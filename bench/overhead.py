@@ -47,8 +47,6 @@ def tiny(variant: str, steps: int, *overrides: str) -> Experiment:
 class Same:
     """One batch again and again, in place of the loader."""
 
-    bad = 0
-
     def __init__(self, batch: Batch):
         self._batch = batch
 

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CheckpointError, ConfigError, BadSample, NotFiniteError, ValueError, OSError, ImportError) as error:
         if options.traceback:
             raise
-        print(f"ssljax: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"ssljax: {type(error).__name__}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1
     return 0
 

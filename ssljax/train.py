@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ssljax.checkpoint import CheckpointStore, abstract_like
 from ssljax.config import Experiment, resolve, with_precision
-from ssljax.data import Batches, HostTransform, train_batches
+from ssljax.data import Batches, HostTransform, check_bad_fraction, train_batches, typical_sample
 from ssljax.describe import describe
 from ssljax.encode import Encoder, Pixels
 from ssljax.evals.collapse import collapse
@@ -28,6 +28,7 @@ from ssljax.optim import make_optimizer
 from ssljax.state import TrainState
 
 DIAGNOSED_ROWS = 256  # of a batch, for the collapse diagnostics
+_COLUMNS = ("index", "replaced")  # of a batch: the stream's own, not the samples'
 
 
 class NotFiniteError(ArithmeticError):
@@ -82,6 +83,7 @@ class Run:
             start=start,
             rows=self.rows,
             loader=e.data.loader,
+            like={n: x.update(shape=x.shape[1:]) for n, x in self.batch_shapes.items() if n not in _COLUMNS},
             bad_log=bad_log,
         )
 
@@ -90,7 +92,8 @@ class Run:
         e = self.experiment
         view_key, loss_key = jax.random.split(jax.random.fold_in(self.step_key, state.step))
         ctx = Context(loss_key, state.step, state.step / e.steps, e.micro_batches)
-        views = e.data.views(view_key, batch)
+        replaced = batch["replaced"]
+        views = e.data.views(view_key, _without_replaced(batch))
 
         def loss_of(params):
             return e.method.loss(params, state.method, views, ctx)
@@ -103,6 +106,7 @@ class Run:
         metrics = {
             **{name: value for name, value in metrics.items() if name != "embeddings"},
             "loss": loss,
+            "bad_samples": replaced.sum(),
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": e.optim.lr_schedule(e.steps, e.batch_size)(state.step),
             "embeddings": tuple(_some_rows(x.astype(jnp.float32)) for x in metrics.get("embeddings", ())),
@@ -138,16 +142,15 @@ class Run:
         """Shapes of the global batch as it reaches the device, from one sample of the source; without one, assumed."""
         e = self.experiment
         if e.data.train is None:
-            sample = {**self.train_transform.blank(), "index": np.zeros((), np.int32)}
+            sample = self.train_transform.blank()
         else:
-            serial = replace(e.data.loader, threads=0, workers=0, cache=False)
-            batch = next(train_batches(e.data.train, self.train_transform, batch_size=1, seed=0, loader=serial))
-            sample = {name: x[0] for name, x in batch.items()}
+            sample = typical_sample(e.data.train, self.train_transform)
+        sample |= {name: np.zeros((), np.int32) for name in _COLUMNS}
         return {name: jax.ShapeDtypeStruct((e.batch_size, *x.shape), x.dtype) for name, x in sample.items()}
 
     def _init_method(self):
         key = jax.random.key(0)
-        views = jax.eval_shape(self.experiment.data.views, key, self.batch_shapes)
+        views = jax.eval_shape(self.experiment.data.views, key, _without_replaced(self.batch_shapes))
         one_row = {name: jnp.zeros((1, *x.shape[1:]), x.dtype) for name, x in views.items()}
         return self.experiment.method.init(self.init_key, one_row)
 
@@ -193,13 +196,15 @@ def train(
             began = time.perf_counter()
             step_fn = run.compile_step()
             log.say(f"compiled the training step in {time.perf_counter() - began:.1f} s")
-            evaluate, pending, meter = _Evaluator(run, log), _Pending(), _Meter(step_fn, e.batch_size, run.mesh)
+            evaluate, meter = _Evaluator(run, log), _Meter(step_fn, e.batch_size, run.mesh)
+            pending = _Pending((metadata or {}).get("bad_samples", 0))
             bad_log = workdir / "bad_samples.jsonl"
             batches = run.batches(position, bad_log)
 
             def log_pending() -> None:
                 if (record := pending.take()) is not None:
-                    log.step(record[0], record[1] | meter.read() | {"bad_samples": batches.bad})
+                    log.step(record[0], record[1] | meter.read() | {"bad_samples": pending.bad})
+                    check_bad_fraction(pending.bad, record[0] * e.batch_size, e.data.loader.max_bad_fraction, bad_log)
 
             # 2. The loop. Its order is fixed: evaluation and checkpoint see exactly the state and the data position of
             #    `step`; only then is the next batch taken. A step's metrics are read when the next one is under way.
@@ -211,7 +216,7 @@ def train(
                 if e.checkpoint.every and step % e.checkpoint.every == 0 and step > start:
                     log_pending()
                     pending.check_finite()
-                    store.save(state, step, position, run.metadata())
+                    store.save(state, step, position, run.metadata() | {"bad_samples": pending.bad})
                 _profile(profile, step, workdir)
                 with jax.transfer_guard("disallow"):
                     with meter.waiting():
@@ -227,10 +232,14 @@ def train(
             _profile(profile, e.steps, workdir)
             if start < e.steps:
                 evaluate(e.steps, state)
-                store.save(state, e.steps, position, run.metadata())
-            if batches.bad:
-                log.say(f"{batches.bad} of {batches.seen} samples were bad and replaced; see {bad_log}")
+                store.save(state, e.steps, position, run.metadata() | {"bad_samples": pending.bad})
+            if pending.bad:
+                log.say(f"{pending.bad} of {position} samples were bad and replaced; see {bad_log}")
     return Result(state, evaluate.results)
+
+
+def _without_replaced(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in batch.items() if name != "replaced"}
 
 
 def _some_rows(x: jax.Array) -> jax.Array:
@@ -243,7 +252,8 @@ def _some_rows(x: jax.Array) -> jax.Array:
 class _Pending:
     """Metrics of steps not read yet. Reading waits for the device, so it happens a step late, and only at log steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, bad: int) -> None:
+        self.bad = bad  # records met and replaced, until the last reading
         self._steps: list[tuple[int, dict[str, Any]]] = []
         self._due = False
         self._diagnose = jax.jit(collapse)
@@ -268,6 +278,7 @@ class _Pending:
         """Raises if any step since the last reading has a metric that is not finite."""
         steps, self._steps, self._due = self._steps, [], False
         for (step, _), values in zip(steps, jax.device_get([_scalars(m) for _, m in steps]), strict=True):
+            self.bad += int(values["bad_samples"])
             bad = [name for name, value in values.items() if not math.isfinite(value)]
             if bad:
                 # The terms of the loss come first: they say where it began.

@@ -49,7 +49,7 @@ def decode(image: bytes | np.ndarray, *, max_pixels: int = 64_000_000) -> Pictur
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if not isinstance(image, bytes):
-        raise BadSample(f"an image must be bytes or an array, not {type(image).__name__}")
+        raise BadSample(f"'image' is {_what(image)}; expected the bytes of a picture, or an array")
     if not image:
         raise BadSample("0 bytes")
     header = announced(image, max_pixels)
@@ -125,8 +125,8 @@ class HostTransform:
     - `label`: int32. Arrays named in `keep` pass as they are. Everything else (`key`, ...) stays behind.
 
     Raises:
-        BadSample: the picture cannot be decoded, or there is no caption.
-        ValueError: the record lacks what the transform was told to read.
+        BadSample: the picture cannot be decoded; there is no caption; a label is no integer; a kept array holds NaN,
+            infinity or no numbers; the record lacks what the transform was told to read.
     """
 
     size: int | None = None
@@ -157,11 +157,9 @@ class HostTransform:
         if self.tokenizer is not None and "text" in record:
             sample["text"] = self.tokenizer(_caption(record["text"], rng))
         if "label" in record:
-            sample["label"] = np.asarray(record["label"], np.int32)
+            sample["label"] = _integers("label", record["label"])
         for name in self.keep:
-            sample[name] = np.asarray(_field(record, name))
-            if sample[name].dtype.kind not in "biufc":
-                raise ValueError(f"keep names {name!r}, a {type(record[name]).__name__}; a batch can only hold numbers")
+            sample[name] = _numbers(name, _field(record, name))
         return sample
 
     def blank(self) -> dict[str, np.ndarray]:
@@ -187,16 +185,47 @@ class HostTransform:
 
 def _field(record: Mapping[str, Any], name: str) -> Any:
     if name not in record:
-        raise ValueError(f"the transform needs {name!r}, but the records of this source have {sorted(record)}")
+        raise BadSample(f"the transform needs {name!r}, but this record has {sorted(record)}")
     return record[name]
 
 
 def _caption(text: str | tuple[str, ...] | list[str], rng: np.random.Generator | None) -> str:
     if isinstance(text, str):
         return text
+    if not isinstance(text, tuple | list | np.ndarray) or not all(isinstance(one, str) for one in text):
+        raise BadSample(f"'text' is {_what(text)}; expected a str, or several")
     if not len(text):
         raise BadSample("no caption")
     return text[0 if rng is None else int(rng.integers(len(text)))]
+
+
+def _numbers(name: str, value: Any) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # rows of unequal length
+        raise BadSample(f"{name!r} is {_what(value)}: {error}") from error
+    if array.dtype.kind not in "biufc":
+        raise BadSample(f"{name!r} is {_what(value)}; a batch can only hold numbers")
+    if array.dtype.kind in "fc" and not (finite := np.isfinite(array)).all():
+        raise BadSample(f"{array.size - finite.sum()} of the {array.size} values of {name!r} are NaN or infinite")
+    return array
+
+
+def _integers(name: str, value: Any) -> np.ndarray:
+    array = _numbers(name, value)
+    if array.dtype.kind in "biu":
+        narrow = array.astype(np.int32)
+        if narrow.tolist() == array.tolist():
+            return narrow
+    raise BadSample(f"{name!r} is {_what(value)}; expected an integer of 32 bits")
+
+
+def _what(value: Any) -> str:
+    """A value in a message: its type, and itself where it is short."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    shown = repr(value) if isinstance(value, str | int | float) else ""
+    return f"{shown[:40]} ({type(value).__name__})" if shown else f"a {type(value).__name__}"
 
 
 def _cut(image: Picture, spec: CropSpec, rng: np.random.Generator | None) -> np.ndarray:

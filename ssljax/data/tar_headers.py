@@ -58,11 +58,11 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
             if kind == b"0" and name.endswith(b"/"):  # how the first tars marked folders
                 kind = b"5"
             size = 0 if kind == b"5" else size
+            if at + size > end:
+                raise tarfile.ReadError(f"it ends within the content of {name!r}")
             yield Member(name.decode("utf-8", "backslashreplace"), kind, at, size)
             special = {}
         at += -(-size // BLOCK) * BLOCK
-        if at > end:
-            raise tarfile.ReadError(f"it ends within the content before byte {at:,}")
 
 
 def _checked(header: bytes, at: int) -> tuple[bytes, int]:

@@ -113,7 +113,7 @@ class Npz:
         columns["key"] = _Keys(path.name, chosen)
         classes = tuple(map(str, names))
         if "label" in columns:
-            _ = int32(int(columns["label"].min())), int32(int(columns["label"].max()))
+            columns["label"] = int32(columns["label"])
             check_labels(columns["label"], classes, str(path))
         return Arrays(columns, classes)
 

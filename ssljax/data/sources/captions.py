@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ssljax.bounded import parse_json, read_lines
-from ssljax.data.errors import BadSample
+from ssljax.data.errors import BadSample, UnreadableIsBad
 from ssljax.data.sources.base import (
     PICTURES,
+    Missing,
     OpenFiles,
     Record,
     check_index,
@@ -30,7 +31,8 @@ class Captions:
     """Pictures with captions: a `.csv`, `.tsv` or `.jsonl` table with a header, and a folder or tar of pictures.
 
     The table's `image_column` names the picture, with or without its extension and folders. `where` keeps the rows with
-    these values. A row whose picture is missing is an error, or is left out with `missing="drop"`.
+    these values. A row whose picture is missing is an error, or is left out with `missing="drop"`; so is the end of a
+    truncated tar.
 
     Record: `image` (bytes), `text` (str; a tuple of str for several columns or for a JSON list), `key` (the picture's
     name).
@@ -41,7 +43,7 @@ class Captions:
     image_column: str = "image"
     text_columns: tuple[str, ...] = ("caption",)
     where: Mapping[str, str] = field(default_factory=dict)
-    missing: Literal["error", "drop"] = "error"
+    missing: Missing = "error"
 
     def __post_init__(self) -> None:
         if not self.text_columns:
@@ -54,7 +56,7 @@ class Captions:
         if path.is_dir():
             return _FolderPictures(path)
         if path.is_file():
-            return _TarPictures(path)
+            return _TarPictures(path, self.missing)
         raise FileNotFoundError(f"there is no folder or tar of pictures {path}")
 
     @cached_property
@@ -105,7 +107,8 @@ class Captions:
 
     def __getitem__(self, index: int) -> Record:
         member, text = self._rows[check_index(index, len(self))]
-        return {"image": self._pictures.read(member), "text": text, "key": member}
+        with UnreadableIsBad(member):
+            return {"image": self._pictures.read(member), "text": text, "key": member}
 
 
 def read_table(path: Path) -> Iterator[dict[str, Any]]:
@@ -199,8 +202,8 @@ class _FolderPictures:
 
 
 class _TarPictures:
-    def __init__(self, path: Path):
-        index = tar_index(path)
+    def __init__(self, path: Path, missing: Missing):
+        index = tar_index(path, missing)
         self._path, self._index = path, index
         self._places = {name: i for i, name in enumerate(index.names)}
         self._names = _by_name(index.names)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ssljax.data.errors import UnreadableIsBad
 from ssljax.data.sources.base import PICTURES, Record, check_index, expand, extension, read_picture
 
 
@@ -84,7 +85,8 @@ class Folder:
     def __getitem__(self, index: int) -> Record:
         i = check_index(index, len(self))
         name = self._names[i]
-        record: Record = {"image": read_picture(self._root / name, name), "key": name}
+        with UnreadableIsBad(name):
+            record: Record = {"image": read_picture(self._root / name, name), "key": name}
         if self.labels is not None:
             record["label"] = int(self.labels[i])
         return record

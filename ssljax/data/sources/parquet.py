@@ -12,7 +12,7 @@ import pyarrow as pa
 from ssljax.bounded import parse_json
 from ssljax.data.errors import BadSample
 from ssljax.data.sources.arrays import check_labels
-from ssljax.data.sources.base import Record, check_index, expand, expand_files, int32, nearest
+from ssljax.data.sources.base import Missing, Record, check_index, expand, expand_files, int32, nearest
 from ssljax.data.sources.row_groups import RowGroups
 
 Role = Literal["image", "label", "text"]
@@ -44,11 +44,12 @@ class Parquet:
     label: str | None = None
     text: str | None = None
     cache_mib: int = 256  # row groups kept in memory, shared by the threads of a process
+    missing: Missing = "error"  # of whole files: one that is cut cannot be opened; drop: see `base.Missing`
 
     def __post_init__(self) -> None:
         if not self._columns:
             raise ValueError(
-                f"cannot tell which column of {self._files[0]} is the picture or the text; its columns are "
+                f"cannot tell which column of {self._files[0][0]} is the picture or the text; its columns are "
                 f"{self._schema.names}. Set image=..., label=..., text=..."
             )
         _ = self.classes
@@ -58,10 +59,23 @@ class Parquet:
         return {k: v for k, v in self.__dict__.items() if k not in ("_groups", "_label_values")}
 
     @cached_property
-    def _files(self) -> tuple[Path, ...]:
+    def _files(self) -> tuple[tuple[Path, ...], tuple[tuple[str, str], ...]]:
+        """(files to read, (why, name) of those that are missing or damaged)"""
+        files, lost = list(self._named_files()), []
+        for file in tuple(files) if self.missing == "drop" else ():
+            try:
+                RowGroups((file,), 0)
+            except ValueError as error:
+                files.remove(file)
+                lost.append((f"the shard {file} is missing or damaged: {error}", file.name))
+        if not files:
+            raise ValueError(f"no row is left: {lost[0][0]}")
+        return tuple(files), tuple(lost)
+
+    def _named_files(self) -> tuple[Path, ...]:
         path = expand(self.path)
         if not path.is_dir():
-            return expand_files(self.path, "parquet file")
+            return expand_files(self.path, "parquet file", self.missing)
         files = sorted(path.glob("*.parquet")) or sorted(path.glob("*.arrow"))
         if not files:
             below = sorted({str(f.parent) for f in [*path.glob("*/*.parquet"), *path.glob("*/*.arrow")]})
@@ -72,7 +86,7 @@ class Parquet:
 
     @cached_property
     def _groups(self) -> RowGroups:
-        return RowGroups(self._files, self.cache_mib << 20)
+        return RowGroups(self._files[0], self.cache_mib << 20)
 
     @property
     def _schema(self) -> pa.Schema:
@@ -101,12 +115,12 @@ class Parquet:
         for role, name in given.items():
             if name is not None and name not in names:
                 raise ValueError(
-                    f"{self._files[0]} has no column {name!r}{nearest(name, names)} Its columns are {names}"
+                    f"{self._files[0][0]} has no column {name!r}{nearest(name, names)} Its columns are {names}"
                 )
             usual = (usual for usual in _USUAL[role] if usual in names)
             if chosen := name or by_schema.get(role) or next(usual, None):
                 columns[role] = chosen
-                _check_type(role, self._schema.field(chosen), self._files[0])
+                _check_type(role, self._schema.field(chosen), self._files[0][0])
         return columns if "image" in columns or "text" in columns else {}
 
     @cached_property
@@ -141,18 +155,23 @@ class Parquet:
             number = {name: i for i, name in enumerate(self.classes)}
             numbers = [number.get(name, -1) for name in values.chunk(0).dictionary.to_pylist()]
             place = pa.chunked_array([chunk.indices for chunk in values.chunks]).fill_null(len(numbers)).to_numpy()
-            return np.array([*numbers, -1], np.int32)[place]
-        plain = values.fill_null(-1).to_numpy()
-        _ = int32(int(plain.min())), int32(int(plain.max()))
-        return plain.astype(np.int32)
+            known = np.array([*numbers, -1], np.int32)[place]
+        else:
+            known = int32(values.fill_null(-1).to_numpy())
+        return np.concatenate([known, np.full(len(self._files[1]), -1, np.int32)])
 
     def __len__(self) -> int:
-        return len(self._groups)
+        return len(self._groups) + len(self._files[1])
 
     def __getitem__(self, index: int) -> Record:
         i = check_index(index, len(self))
-        row = self._groups.row(i, list(self._columns.values()))
+        if i >= len(self._groups):
+            raise BadSample(*self._files[1][i - len(self._groups)])
         record: Record = {"key": f"{Path(self.path).name}[{i}]"}
+        try:
+            row = self._groups.row(i, list(self._columns.values()))
+        except BadSample as error:
+            raise BadSample(f"row {i} of {self.path} cannot be read: {error}", record["key"]) from error
         for role, column in self._columns.items():
             value = row[column]
             if role == "label":

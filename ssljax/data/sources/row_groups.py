@@ -40,7 +40,8 @@ class RowGroups:
                     raise ValueError(f"it announces {sum(counts):,} rows, and has fewer bytes")
             except (pa.ArrowException, ValueError, OSError) as error:
                 raise ValueError(
-                    f"{file} is not a complete parquet or Arrow file ({error}); copy or download it again"
+                    f"{file} is not a complete parquet or Arrow file ({error}); copy or download it again, or set "
+                    "missing='drop' to go on without it"
                 ) from error
             if schemas[-1].names != schemas[0].names:
                 raise ValueError(f"{file} has the columns {schemas[-1].names}, but {files[0]} has {schemas[0].names}")
