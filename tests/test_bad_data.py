@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,15 @@ def bad(shards) -> frozenset[int]:
     assert len(keys) == len(set(keys))
     assert set(keys) >= BAD
     return frozenset(i for i, key in enumerate(keys) if key in BAD)
+
+
+@contextmanager
+def quiet():
+    logging.disable()
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def listed(path: Path) -> list[str]:
@@ -254,11 +264,10 @@ def test_any_bad_records_any_split(n, share, seed, start, blocks):
     bad = frozenset(np.random.default_rng(seed).permutation(n)[: int(share * n)].tolist())
     options: dict[str, Any] = {"batch_size": 8, "seed": seed, "start": start, "steps": 3, "loader": INLINE}
     clean = take(train_batches(Numbers(n), draw, **options))
-    logging.disable(logging.WARNING)
-    whole = take(train_batches(Numbers(n, bad), draw, **options))
     rows = np.array(blocks)[:, None] * 2 + [0, 1]
-    parts = [take(train_batches(Numbers(n, bad), draw, rows=own, **options)) for own in rows]
-    logging.disable(logging.NOTSET)
+    with quiet():
+        whole = take(train_batches(Numbers(n, bad), draw, **options))
+        parts = [take(train_batches(Numbers(n, bad), draw, rows=own, **options)) for own in rows]
     assert_same(join(parts, rows), whole)
     good = ~np.isin(flat(clean), list(bad))
     for name in ("index", "value", "draw"):
@@ -275,14 +284,13 @@ def test_any_bad_records_any_split(n, share, seed, start, blocks):
 def test_the_list_survives_any_crash(tmp_path_factory, starts):
     """Cut anywhere after each start: what is whole is there once, and the last start completes it."""
     path = tmp_path_factory.mktemp("list") / "bad.jsonl"
-    logging.disable(logging.WARNING)
     for indices, length in [*starts, (range(10), 10**6)]:
         bad = BadSamples(path)
-        for index in indices:
-            bad.add(index, BadSample("a \n reason", f'ke"y {index}\ud800'))
+        with quiet():
+            for index in indices:
+                bad.add(index, BadSample("a \n reason", f'ke"y {index}\ud800'))
         if path.exists():
             os.truncate(path, min(length, path.stat().st_size))
-    logging.disable(logging.NOTSET)
     whole = []
     for line in path.read_bytes().splitlines():
         try:
