@@ -132,7 +132,7 @@ class ClipBPE:
             raise ValueError(f"{path} is not a vocab.json: {error}") from error
         if not isinstance(vocab, dict) or not {_CLIP_START, _CLIP_END} <= vocab.keys():
             raise ValueError(f"{path} is not CLIP's vocab.json: it must give ids to {_CLIP_START!r} and {_CLIP_END!r}")
-        if sorted(map(str, vocab.values())) != sorted(map(str, range(len(vocab)))):
+        if {id for id in vocab.values() if type(id) is int} != set(range(len(vocab))):
             raise ValueError(f"{path} is not CLIP's vocab.json: its ids must be 0 to {len(vocab) - 1}, each once")
         return vocab, _read_merges(_existing(str(path.with_name("merges.txt")), "ClipBPE, beside vocab.json"))
 

@@ -6,7 +6,7 @@ import itertools
 import operator
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -64,6 +64,25 @@ def read_picture(path: Path, key: str) -> bytes:
         return read_file(path)
     except ValueError as error:
         raise BadSample(str(error), key) from error
+
+
+def walk(root: Path) -> Iterator[str]:
+    """Names of the plain files below `root`, `/`-joined. Hidden ones are skipped; links are followed, loops are not."""
+    folders: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # (name, the folders above it)
+    while folders:
+        name, above = folders.pop()
+        status = os.stat(root / name)
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:  # its own ancestor
+            continue
+        with os.scandir(root / name) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append((f"{name}{entry.name}/", (*above, identity)))
+                elif entry.is_file():
+                    yield name + entry.name
 
 
 def expand(path: str | os.PathLike) -> Path:

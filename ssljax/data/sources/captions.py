@@ -20,6 +20,7 @@ from ssljax.data.sources.base import (
     extension,
     nearest,
     read_picture,
+    walk,
 )
 from ssljax.data.tar import tar_index
 
@@ -186,13 +187,7 @@ def _by_name(names: Sequence[str]) -> dict[str, str]:
 class _FolderPictures:
     def __init__(self, root: Path):
         self._root = root
-        self._names = _by_name(
-            sorted(
-                os.path.relpath(os.path.join(folder, file), root)
-                for folder, _, files in os.walk(root)
-                for file in files
-            )
-        )
+        self._names = _by_name(sorted(walk(root)))
 
     def find(self, name: str) -> str | None:
         return self._names.get(name)
