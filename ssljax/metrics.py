@@ -13,6 +13,8 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ssljax.bounded import parse_json, read_lines
+
 # Dense bf16 peak of one device, FLOP/s, by `device_kind`. (Vendors' data sheets, without sparsity.)
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -193,19 +195,40 @@ class Meter:
 
 
 def read_records(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The records of a run's `metrics.jsonl`, oldest first. A last line cut short by a crash is left out."""
+    """The records of a run's `metrics.jsonl`, oldest first: `step` (int), and numbers, None where not finite, by name.
+
+    A last line cut short by a crash is left out.
+
+    Raises:
+      FileNotFoundError: there is no such file. ValueError: a line, which it names, is not such a record.
+    """
     path = epath.Path(workdir) / "metrics.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; is {workdir} the workdir of a run?")
-    lines = path.read_text().splitlines()
-    complete = lines[:-1] if lines and not lines[-1].endswith("}") else lines
-    records = []
-    for number, line in enumerate(complete, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    records: list[dict[str, Any]] = []
+    number, line = 0, ""
+    try:
+        with path.open("r") as file:
+            for line in read_lines(file):
+                number += 1
+                records.append(_record(line))
+                line = ""
+    except ValueError as error:
+        if not line or line.endswith(("\n", "}")):  # else the crash came while it was written
+            raise ValueError(f"{path}, line {max(number, 1)}: {error}") from error
     return records
+
+
+def _record(line: str) -> dict[str, Any]:
+    record = parse_json(line)
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError("not a record with a step")
+    for name, value in record.items():
+        if value is not None and not isinstance(value, int | float):
+            raise ValueError(f"{name!r} is {type(value).__name__}, not a number")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name!r} does not fit into 64 bits")
+    return record
 
 
 def _continue_records(path: epath.Path, records: int) -> Any:

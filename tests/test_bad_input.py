@@ -189,7 +189,8 @@ def test_configs_that_do_not_exist(tmp_path, capsys, config, message):
 
 def test_a_loss_that_is_not_a_number(tmp_path, capsys):
     message = fails(capsys, train_command(tmp_path, "optim.lr=1e30", "optim.warmup=0"))
-    assert "NotFiniteError: step 2: loss is nan" in message or "NotFiniteError: step 2: loss is inf" in message
+    assert "DivergedError: step 2: 10 steps in a row were refused" in message
+    assert "loss is nan" in message or "loss is inf" in message
     assert "optim.lr" in message
     assert CheckpointStore(tmp_path).steps() == []
 

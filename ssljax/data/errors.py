@@ -9,6 +9,8 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from ssljax.bounded import parse_json
+
 log = logging.getLogger(__name__)
 
 _OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # this process lacks something: no fault of the record
@@ -98,7 +100,7 @@ class BadSamples:
 def _name(line: bytes) -> tuple[int, str | int] | None:
     """Index and key of a line of the list, or None if it is none (cut short, say)."""
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
         index, key = entry["index"], entry["key"]
     except (ValueError, KeyError, TypeError):
         return None

@@ -6,11 +6,9 @@ are never extracted: their names are only names.
 """
 
 import hashlib
-import json
 import os
 import tarfile
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ssljax.bounded import parse_json, read_npz
 from ssljax.data.errors import BadSample, UnreadableIsBad
 from ssljax.data.sources.base import Missing, OpenFiles, Record, check_index, expand_files, extension
+from ssljax.data.tar_headers import Member, read_members
 
 FIELDS: Mapping[str, str] = {
     "jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "cls": "label", "txt": "text", "json": "json",
@@ -64,14 +64,14 @@ def _cached_index(path: Path) -> TarIndex:
     for cache in (beside, at_home):
         if (index := _read_cache(cache, stamp)) is not None:
             return index
-    index = _scan(path, status.st_size)
+    index = _scan(path)
     for cache in (beside, at_home):
         if _write_cache(cache, stamp, index):
             break
     return index
 
 
-def _scan(path: Path, size: int) -> TarIndex:
+def _scan(path: Path) -> TarIndex:
     with open(path, "rb") as file:
         magic = file.read(6)
         if not magic:
@@ -86,52 +86,53 @@ def _scan(path: Path, size: int) -> TarIndex:
                 f"{path} is compressed, so its members cannot be read by offset; pictures are compressed already, so "
                 "unpack it once (for example `gunzip`) and give the .tar"
             )
-        names, offsets, sizes, end, damage = [], [], [], 0, ""
-        file.seek(0)
+        names, offsets, sizes, damage = [], [], [], ""
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    _refuse_unsafe(member, path)
-                    if member.isreg():
-                        names.append(member.name.removeprefix("./"))
-                        offsets.append(member.offset_data)
-                        sizes.append(member.size)
-                end = tar.offset
+            for member in read_members(file):
+                _refuse_unsafe(member, path)
+                if member.kind == b"0":
+                    names.append(member.name.removeprefix("./"))
+                    offsets.append(member.offset)
+                    sizes.append(member.size)
         except tarfile.TarError as error:
             damage = f"truncated or not a tar file ({error})"
-        # tarfile takes a damaged header for the end, and a cut between two members goes unnoticed without this check
-        file.seek(end)
-        if not damage and file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            damage = f"truncated: no end mark after its member {len(names)} (byte {end} of {size})"
     if not names and not damage:
         raise ValueError(f"{path} has no files inside")
-    if damage and names and offsets[-1] + sizes[-1] > size:  # the cut went through the last member
-        names, offsets, sizes = names[:-1], offsets[:-1], sizes[:-1]
     return TarIndex(tuple(names), np.array(offsets, np.int64), np.array(sizes, np.int64), damage)
 
 
-def _refuse_unsafe(member: tarfile.TarInfo, path: Path) -> None:
-    if member.name.startswith("/") or ".." in member.name.split("/"):
+def _refuse_unsafe(member: Member, path: Path) -> None:
+    if _is_unsafe(member.name):
         raise ValueError(
             f"{path} has a member named {member.name!r}; absolute names and '..' are refused. Write the tar again"
         )
-    if not (member.isreg() or member.isdir()):
+    if member.kind not in (b"0", b"5"):
         raise ValueError(
             f"{path} has a link or device inside: {member.name!r}; only plain files are read. Write the tar again with "
             "links followed (`tar --dereference --hard-dereference`)"
         )
 
 
+def _is_unsafe(name: str) -> bool:
+    return name.startswith("/") or "\0" in name or ".." in name.split("/")
+
+
 def _read_cache(cache: Path, stamp: np.ndarray) -> TarIndex | None:
+    """The saved index. It is believed no more than the shard is: it may name nothing outside of it."""
+    size = int(stamp[1])
     try:
-        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as saved:
-            if not np.array_equal(saved["stamp"], stamp):
-                return None
-            names = tuple(saved["names"].tobytes().decode().split("\0"))
-            index = TarIndex(names, saved["offsets"], saved["sizes"], saved["damage"].tobytes().decode())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        saved = read_npz(cache, most=2**16 + size)  # each member has 512 bytes of header in the shard, and its name
+        if not np.array_equal(saved["stamp"], stamp):
+            return None
+        offsets, sizes = saved["offsets"], saved["sizes"]
+        names, damage = (saved[name].tobytes().decode() for name in ("names", "damage"))
+    except (OSError, ValueError, KeyError):
         return None  # not there, or unreadable: the shard itself is the truth
-    return index if len(index.names) == len(index.offsets) == len(index.sizes) else None
+    names = tuple(names.split("\0")) if len(offsets) else ()
+    inside = all(x.dtype == np.int64 and x.shape == (len(names),) and (x >= 0).all() for x in (offsets, sizes))
+    if not inside or (offsets > size).any() or (sizes > size - offsets).any() or any(map(_is_unsafe, names)):
+        return None
+    return TarIndex(names, offsets, sizes, damage)
 
 
 def _write_cache(cache: Path, stamp: np.ndarray, index: TarIndex) -> bool:
@@ -233,7 +234,7 @@ def _parse(name: str, content: bytes, key: str, shard: Path) -> Record:
             return {name: int(text)}
         if name == "text":
             return {name: text.strip()}
-        entries = json.loads(text)
+        entries = parse_json(text)
         if not isinstance(entries, dict):
             raise ValueError("the JSON is not an object")
     except ValueError as error:

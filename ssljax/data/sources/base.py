@@ -6,9 +6,14 @@ import itertools
 import operator
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from ssljax.bounded import LARGEST_RECORD, read_file
+from ssljax.data.errors import BadSample
 
 Record = dict[str, Any]
 """One sample: numpy arrays, bytes, str, ints, floats, and tuples of str. Conventional keys: `image` (uint8 `[H,W,C]` or
@@ -42,6 +47,42 @@ def check_index(index: int, length: int) -> int:
     if not -length <= i < length:
         raise IndexError(f"index {i} is outside a source of {length} samples")
     return i % length
+
+
+def int32(labels: np.ndarray) -> np.ndarray:
+    """Integers as int32. Raises ValueError where they do not fit."""
+    narrow = labels.astype(np.int32)
+    if (narrow != labels).any():
+        raise ValueError(f"labels from {labels.min()} to {labels.max()} do not fit into 32 bits")
+    return narrow
+
+
+def read_picture(path: Path, key: str) -> bytes:
+    """The content of a picture's file. Raises BadSample for a pipe, a device and a file of more than
+    `ssljax.bounded.LARGEST_RECORD` bytes."""
+    try:
+        return read_file(path)
+    except ValueError as error:
+        raise BadSample(str(error), key) from error
+
+
+def walk(root: Path) -> Iterator[str]:
+    """Names of the plain files below `root`, `/`-joined. Hidden ones are skipped; links are followed, loops are not."""
+    folders: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # (name, the folders above it)
+    while folders:
+        name, above = folders.pop()
+        status = os.stat(root / name)
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:  # its own ancestor
+            continue
+        with os.scandir(root / name) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append((f"{name}{entry.name}/", (*above, identity)))
+                elif entry.is_file():
+                    yield name + entry.name
 
 
 def expand(path: str | os.PathLike) -> Path:
@@ -127,6 +168,8 @@ class OpenFiles:
         self._descriptors: dict[Path, int] = {}
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
+        if size > LARGEST_RECORD:
+            raise BadSample(f"{path} has a member of {size:,} bytes, over the limit of {LARGEST_RECORD:,}")
         descriptor = self._descriptors.get(path)
         if descriptor is not None:
             return os.pread(descriptor, size, offset)

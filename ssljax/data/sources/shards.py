@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ssljax.bounded import LARGEST_JSON, parse_json, read_file
 from ssljax.data.errors import BadSample
 from ssljax.data.sources.base import Missing, Record, check_index, expand, expand_files
 
@@ -51,9 +52,11 @@ def _is_plain_tuple(value: Any) -> bool:
 def decode_record(blob: bytes) -> Record:
     """The inverse of `encode_record`. Raises BadSample for a damaged blob."""
     try:
-        header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])["__metadata__"]
-        fields, raw, order = (json.loads(header[name]) for name in ("fields", "bytes", "order"))
+        header = parse_json(blob[8 : 8 + int.from_bytes(blob[:8], "little")])["__metadata__"]
+        fields, raw, order = (parse_json(header[name]) for name in ("fields", "bytes", "order"))
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        if not all(type(value) in _PLAIN or _is_plain_tuple(value) for value in values.values()):
+            raise ValueError("its fields are no plain values")
         for key, tensor in safetensors.numpy.load(blob).items():
             values[key] = tensor.tobytes() if key in raw else tensor
         return {key: values[key] for key in order}
@@ -84,10 +87,12 @@ class ArrayRecord:
     def _index(self) -> dict[str, Any]:
         path = self._files[0].parent / INDEX
         try:
-            index = json.loads(path.read_text()) if path.is_file() else {}
+            index = parse_json(read_file(path, LARGEST_JSON)) if path.exists() else {}
+            if not isinstance(index, dict) or not isinstance(index.get("classes", []), list):
+                raise ValueError("not an index of ssljax.data.pack")
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); pack the set again") from error
-        return index if isinstance(index, dict) else {}
+        return index
 
     @cached_property
     def _opened(self) -> tuple[Any, tuple[tuple[str, str], ...]]:
