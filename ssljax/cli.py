@@ -23,7 +23,11 @@ def run() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `ssljax`. Errors meant for people are printed without a traceback (exit status 1)."""
+    """Entry point of `ssljax`, which returns the exit status.
+
+    Errors meant for people are printed without a traceback (status 1). A run that was told to stop and saved returns
+    `preemption.AGAIN` (75): the same command continues it.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(options, "overrides") or not all("=" in word and word[0] != "-" for word in rest)):
@@ -33,11 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ssljax.checkpoint import CheckpointError
     from ssljax.config import ConfigError
     from ssljax.data.errors import BadSample
-    from ssljax.flight import DivergedError
+    from ssljax.preemption import AGAIN, Preempted
 
     try:
         options.verb(options)
-    except (CheckpointError, ConfigError, BadSample, DivergedError, ValueError, OSError, ImportError) as error:
+    except Preempted as reason:
+        print(f"ssljax: {reason}", flush=True)
+        return AGAIN
+    # DivergedError and StateError are ArithmeticErrors.
+    except (CheckpointError, ConfigError, BadSample, ArithmeticError, ValueError, OSError, ImportError) as error:
         if options.traceback:
             raise
         print(f"ssljax: {type(error).__name__}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
