@@ -88,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--step", type=int, help="which checkpoint; the newest by default")
     embed.set_defaults(verb=_embed)
 
+    check = verbs.add_parser("check", help="verify the files of all checkpoints of a run against their digests")
+    check.add_argument("workdir")
+    check.add_argument("--arrays", action="store_true", help="also load the arrays and verify theirs")
+    check.set_defaults(verb=_check)
+
     report = verbs.add_parser("report", help="write <workdir>/report.html: curves, neighbours, PCA maps, diagnostics")
     report.add_argument("--workdir", required=True)
     report.add_argument("--source", help="pictures to show; the run's evaluation or training source by default")
@@ -194,6 +199,18 @@ def _embed(options: argparse.Namespace) -> None:
     write_features(options.out, found)
     shapes = ", ".join(f"{name} {values.shape}" for name, values in found.items())
     print(f"{options.out}: {shapes}")
+
+
+def _check(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from ssljax.check import check
+    from ssljax.checkpoint import CheckpointError
+
+    table, damaged = check(options.workdir, options.arrays)
+    Console().print(table)
+    if damaged:
+        raise CheckpointError(f"{damaged} of these are damaged; a run continues from its newest good checkpoint")
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -142,14 +142,23 @@ def read_records(workdir: epath.PathLike) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"{path} does not exist; is {workdir} the workdir of a run?")
     lines = path.read_text().splitlines()
     complete = lines[:-1] if lines and not lines[-1].endswith("}") else lines
-    return [json.loads(line) for line in complete]
+    records = []
+    for number, line in enumerate(complete, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return records
 
 
 def _continue_records(path: epath.Path, start: int) -> Any:
     """Opens the records for appending, without those after step `start`: a resumed run writes them again."""
     if path.exists():
         kept = [json.dumps(record) + "\n" for record in read_records(path.parent) if start and record["step"] <= start]
-        path.write_text("".join(kept))
+        # A run that is killed here must not lose them.
+        shorter = path.with_name(path.name + ".unfinished")
+        shorter.write_text("".join(kept))
+        shorter.replace(path)
     return path.open("a")
 
 

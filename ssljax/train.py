@@ -165,7 +165,7 @@ def train(
     profile: tuple[int, int] | None = None,
     devices: Sequence[Any] | None = None,
 ) -> Result:
-    """Runs an experiment to its last step, resuming from the newest checkpoint in `workdir` if there is one.
+    """Runs an experiment to its last step, resuming from the newest good checkpoint in `workdir` if there is any.
 
     Args:
       wandb: project to log to, if any.
@@ -181,15 +181,17 @@ def train(
     run = Run(experiment, devices)
     e = run.experiment
     with jax.set_mesh(run.mesh), CheckpointStore(workdir, e.checkpoint) as store:
-        # 1. State: the newest checkpoint of this workdir, or a fresh one.
-        if store.steps():
-            saved, metadata = store.metadata()
-            state, position = store.restore(abstract_like(run.state_shapes, run.state_shardings), saved)
+        # 1. State: the newest good checkpoint of this workdir, or a fresh one.
+        damages: list[str] = []
+        if restored := store.resume(abstract_like(run.state_shapes, run.state_shardings), damages.append):
+            state, position, before = restored.state, restored.progress["position"], restored.metadata["config"]
         else:
-            state, position, metadata = run.init(), 0, None
+            state, position, before = run.init(), 0, None
         start = int(state.step)
         with MetricLog(workdir, e.steps, start, wandb, run.config) as log:
-            describe(log, run, workdir, start, metadata and metadata["config"])
+            describe(log, run, workdir, start, before)
+            for damage in damages:
+                log.say(damage)
             began = time.perf_counter()
             step_fn = run.compile_step()
             log.say(f"compiled the training step in {time.perf_counter() - began:.1f} s")
@@ -211,7 +213,7 @@ def train(
                 if e.checkpoint.every and step % e.checkpoint.every == 0 and step > start:
                     log_pending()
                     pending.check_finite()
-                    store.save(state, step, position, run.metadata())
+                    store.save(state, step, {"position": position}, run.metadata())
                 _profile(profile, step, workdir)
                 with jax.transfer_guard("disallow"):
                     with meter.waiting():
@@ -227,7 +229,7 @@ def train(
             _profile(profile, e.steps, workdir)
             if start < e.steps:
                 evaluate(e.steps, state)
-                store.save(state, e.steps, position, run.metadata())
+                store.save(state, e.steps, {"position": position}, run.metadata())
             if batches.bad:
                 log.say(f"{batches.bad} of {batches.seen} samples were bad and replaced; see {bad_log}")
     return Result(state, evaluate.results)

@@ -109,7 +109,7 @@ def _config(workdir: epath.Path) -> dict[str, Any]:
     if path.exists():
         return json.loads(path.read_text())
     try:
-        with CheckpointStore(workdir) as store:
-            return store.metadata()[1]["config"]
+        store = CheckpointStore(workdir)
+        return store.newest_good(store.record, log.warning).metadata["config"]
     except CheckpointError:
         return {}
