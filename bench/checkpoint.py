@@ -35,8 +35,8 @@ from rich.table import Table
 from ssljax.checkpoint import Checkpoints, CheckpointStore, abstract_like
 from ssljax.config import experiment, load_config
 from ssljax.digest import digest_tree
+from ssljax.run import Run
 from ssljax.state import TrainState
-from ssljax.train import Run
 
 CONFIG = Path(__file__).parent.parent / "configs/simclr.py"
 SMALL = ("method.encoder.blocks=(1,)", "method.encoder.channels=(8,)", "method.projector.hidden=(16,)")

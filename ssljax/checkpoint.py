@@ -29,7 +29,7 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.metadata import get_step_metadata
 
 from ssljax.digest import MANIFEST, damaged_files, digest_tree, json_digest, read_manifest, write_manifest
-from ssljax.distributed import gather_texts
+from ssljax.distributed import agreed, gather_texts
 from ssljax.rules import leaf_name
 from ssljax.state import TrainState
 
@@ -373,21 +373,7 @@ def _remove(folder: epath.Path) -> None:
     folder.rmtree()
 
 
-def _agreed(work: Callable[[], T]) -> T:
-    """What `work` returns; where it fails on one process, it fails on all, so that they go on alike."""
-    result: Any = None
-    failure, cause = None, None
-    try:
-        result = work()
-    except CheckpointError as error:
-        failure, cause = [isinstance(error, DamagedCheckpoint), str(error)], error
-    failures = [json.loads(text) for text in gather_texts(json.dumps(failure))]
-    for process, found in enumerate(failures):
-        if found:
-            damaged, text = found
-            where = f"process {process}: " if len(failures) > 1 else ""
-            raise (DamagedCheckpoint if damaged else CheckpointError)(where + text) from cause
-    return result
+_agreed = partial(agreed, kinds=(DamagedCheckpoint, CheckpointError))
 
 
 def _kinds(tree: Any) -> dict[str, str]:

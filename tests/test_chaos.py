@@ -13,7 +13,7 @@ from ssljax.metrics import read_records
 from ssljax.preemption import AGAIN
 from ssljax.watchdog import LOST
 
-OVERRIDES = ("steps=40",)
+OVERRIDES = ("steps=24",)
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
@@ -109,15 +109,15 @@ def test_the_launcher_starts_again(make, one):
     """launch/local.sh: a process that was told to stop is no failure; the run goes on and ends."""
     training = make(1, "steps=20")
     command = ["bash", "launch/local.sh", "1", *training.command()]
-    launcher = subprocess.Popen(command, cwd=ROOT, env=training.variables(), stdout=subprocess.PIPE, text=True)
-    assert launcher.stdout is not None
     output = []
-    for line in launcher.stdout:
-        output.append(line)
-        if "step  5/20" in line:
-            (child,) = _children(launcher.pid)
-            os.kill(child, signal.SIGTERM)
-    assert launcher.wait(PATIENCE) == 0
+    with subprocess.Popen(command, cwd=ROOT, env=training.variables(), stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        for line in launcher.stdout:
+            output.append(line)
+            if "step  5/20" in line:
+                (child,) = _children(launcher.pid)
+                os.kill(child, signal.SIGTERM)
+    assert launcher.returncode == 0
     assert "status 75: starting again\n" in output
     np.testing.assert_allclose(losses(training)[:5], losses(one[0])[:5], rtol=1e-6)
 
@@ -126,7 +126,7 @@ def test_other_numbers_of_devices_and_processes(make, one):
     """1, 2, 4, 8, 3 devices, then two processes: the same samples in the same order, the same losses."""
     training = make()
     for life, devices in enumerate((1, 2, 4, 8, 3)):
-        (process,) = training.run_until(6 * (life + 1), 1, devices)
+        (process,) = training.run_until(4 * (life + 1), 1, devices)
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == AGAIN
     training.finish(2)
