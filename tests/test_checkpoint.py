@@ -137,7 +137,9 @@ def state_of(step: int) -> TrainState:
         "mask": jnp.arange(7) % 2 == 0,
         "bytes": jnp.arange(9, dtype=jnp.uint8),
     }
-    return TrainState(jnp.int32(step), params, (params, {"count": jnp.int32(step)}), method, None)
+    return TrainState(
+        jnp.int32(step), params, (params, {"count": jnp.int32(step)}), method, None, {"count": jnp.float32(step)}
+    )
 
 
 def like(devices: int = 1) -> TrainState:
@@ -485,17 +487,17 @@ def test_a_run_goes_on_from_the_newest_good_checkpoint(tmp_path, capsys, monkeyp
 
 
 def test_records_survive_a_disk_that_is_full_when_a_run_resumes(tmp_path):
-    lines = [json.dumps({"step": step, "loss": 0.5, "filler": "x" * 100}) for step in range(100)]
+    lines = [json.dumps({"step": step, "loss": 0.5, **{f"filler{i}": 0.5 for i in range(8)}}) for step in range(100)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
         with pytest.raises(OSError, match="too large"):
-            MetricLog(tmp_path, 100, 90)
+            MetricLog(tmp_path, 100, 90, 91)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(read_records(tmp_path)) == 100
-    MetricLog(tmp_path, 100, 90).__exit__(None, None, None)
+    MetricLog(tmp_path, 100, 90, 91).__exit__(None, None, None)
     assert len(read_records(tmp_path)) == 91
 
 
@@ -505,6 +507,6 @@ def test_check_names_the_line_that_cannot_be_read(saved, tmp_path, capsys, monke
     (tmp_path / "run/config.json").write_text("{}")
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n{"step": 2,}\n{"step": 3}\n')
     assert main(["check", str(tmp_path / "run")]) == 1
-    assert "metrics.jsonl, line 2 is not JSON" in capsys.readouterr().out
+    assert "metrics.jsonl, line 2: " in capsys.readouterr().out
     assert main(["check", str(tmp_path / "typo")]) == 1
     assert "there is no folder" in capsys.readouterr().err
