@@ -88,7 +88,7 @@ def take(run: Run, state, batches: list[int]):
         stream = run.batches(number * SIZE)
         state, _, notes = step(state, run.place(next(stream)))
         stream.close()
-        refused += int(notes.tally[0])
+        refused += int(notes.tally[0] > 0)
     return state, refused
 
 
