@@ -31,7 +31,7 @@ _MESSAGES = ("replaced", "stop")
 class Notes:
     """What a step tells the loop beside its metrics."""
 
-    tally: jax.Array  # int32 [3], rows of the batch: refused (all or none); records replaced; of processes to stop
+    tally: jax.Array  # int32 [3]: rows refused (all or none); records replaced; rows whose process wants to stop
     limits: dict[str, jax.Array]  # that loss and gradient norm were held against
     gradients: jax.Array  # float32 [leaves]: the norm of each parameter's gradient
     embeddings: tuple[jax.Array, ...]  # float32 [rows, D] each, for the collapse diagnostics
@@ -126,8 +126,7 @@ class Run:
         params, method_state = e.method.update(params, method_state, self._context(state, loss_key))
         average: Any = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - e.optim.ema)
         following = TrainState(state.step + 1, params, opt, method_state, average, guard)
-        # One sum over the rows, and it waits for the verdict: as several sums that wait for nothing they would run beside
-        # the collectives of the gradient, and XLA:CPU, whose threads block in collectives, can run out of threads.
+        # One sum over the rows, in one small collective.
         rows = jnp.stack([jnp.full(e.batch_size, ~take), batch["replaced"], batch["stop"]], axis=1)
         tally = jnp.sum(rows, axis=0, dtype=jnp.int32)
         embeddings = tuple(_some_rows(x.astype(jnp.float32)) for x in found.get("embeddings", ()))
