@@ -64,7 +64,8 @@ def test_a_plan_adds_up(clip):
     assert clip.flops > clip.model_flops  # one tower computes its blocks again
     assert clip.mfu == pytest.approx(clip.model_flops / 8 / 989e12 / clip.fastest)
     rows = 64 / 8
-    assert clip.memory["batch"] == rows * (16 * 16 * 3 + 64 * 4 + 3 * 4)  # picture, text; label, index, replaced
+    # picture, text; label, index, replaced; stop
+    assert clip.memory["batch"] == rows * (16 * 16 * 3 + 64 * 4 + 3 * 4 + 1)
     assert clip.memory["optimizer"] == pytest.approx(2 * clip.memory["parameters"], rel=0.01)  # Adam's two moments
 
 
