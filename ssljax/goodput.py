@@ -9,12 +9,13 @@ first session to the end of its last, is the sum of these parts:
 
   step: steps that are in the final state, each counted once, with all that the loop does around them
   lost: steps that are not: repeated by a later session (after a kill, what came after the last checkpoint), taken back
-        by a rewind, or skipped; at the mean duration of a step of their session
+        by a rewind, or refused; at the mean duration of a step of their session
   down: between two sessions; not after one that finished, as then nothing was left to do. A session that was killed
         ends with its last record, so what it did after that is down as well.
   start: from the start of the process to the loop, without the next two: imports, set-up
   compile, restore: of the training step and of the checkpoint. What runs beside another phase costs only the wait.
   data wait, save, eval, report: the loop stands still for a batch, for a checkpoint, for evaluations, for the report
+  check: copies of the state are compared; or what made the loss NaN is searched for
 """
 
 import json
@@ -33,7 +34,7 @@ from typing import Any, Self
 import jax
 from etils import epath
 
-PHASES: tuple[str, ...] = ("start", "compile", "restore", "data wait", "save", "eval", "report")
+PHASES: tuple[str, ...] = ("start", "compile", "restore", "data wait", "save", "eval", "check", "report")
 PARTS: tuple[str, ...] = ("step", "lost", "down", *PHASES)
 _PAUSE = 1.0  # seconds at least between two writings of a record
 
@@ -56,8 +57,8 @@ class Clock:
 
     Attributes:
       started: seconds since the epoch.
-      steps, lost_steps: steps that were run, and those of them that turned out useless (skipped, or taken back by a
-        rewind). The loop counts them.
+      steps, lost_steps: steps that were run, and those of them that turned out useless (refused, or taken back by a
+        rewind). The session counts them.
 
     Args:
       age: seconds that had passed before the clock was made; see `process_age`.
@@ -70,9 +71,9 @@ class Clock:
         self._phases = ["start"]
         self._since = perf_counter()
 
-    def phase(self, name: str) -> "_Phase":
+    def phase(self, name: str) -> "Phase":
         """`with clock.phase("eval"): ...`; the names are `PHASES`. Costs about a microsecond."""
-        return _Phase(self, name)
+        return Phase(self, name)
 
     def start_steps(self) -> None:
         """The loop begins."""
@@ -87,7 +88,7 @@ class Clock:
     def goodput(self) -> float:
         """Share of this session's time in steps that count, as far as it knows."""
         seconds = self.seconds()
-        useful = 1 - self.lost_steps / self.steps if self.steps else 0.0
+        useful = max(0.0, 1 - self.lost_steps / self.steps) if self.steps else 0.0
         return useful * seconds["step"] / max(sum(seconds.values()), 1e-9)
 
     def _charge(self) -> None:
@@ -96,7 +97,7 @@ class Clock:
         self._since = now
 
 
-class _Phase:
+class Phase:
     """`name` may be changed inside: a wait for data while the device is busy is a "step" after all."""
 
     __slots__ = ("_clock", "name")
@@ -167,6 +168,12 @@ class Session:
         self._record.first_step_after = sum(self.clock.seconds().values())
         self.write()
         return self._record.first_step_after
+
+    def stepped(self, step: int) -> None:
+        """One more step was run, and `step` steps are done: fewer than were run where some were refused, or undone."""
+        self.clock.steps += 1
+        self.clock.lost_steps = max(0, self.clock.steps - (step - (self._record.first_step or 0)))
+        self.reached(step)
 
     def reached(self, step: int) -> None:
         """`step` steps are done, a checkpoint of them may exist. Recorded at most once a second."""

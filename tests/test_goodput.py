@@ -100,7 +100,16 @@ def test_goodput_counts_each_step_once():
         record(1_350, 130, 200, "finished", start=10, data_wait=10, step=70, eval=30),
     ]
     total = run_goodput(sessions)
-    expected = {"step": 200, "lost": 20, "down": 70 + 30 + 40, "start": 40, "compile": 20, "restore": 5, "report": 0}
+    expected = {
+        "step": 200,
+        "lost": 20,
+        "down": 70 + 30 + 40,
+        "start": 40,
+        "compile": 20,
+        "restore": 5,
+        "report": 0,
+        "check": 0,
+    }
     assert total.seconds == pytest.approx({**expected, "data wait": 10, "save": 5, "eval": 30})
     assert total.wall == pytest.approx(sessions[-1].ended - sessions[0].started)
     assert total.goodput == pytest.approx(200 / 470)
@@ -174,7 +183,7 @@ def test_a_killed_run_and_its_continuation(tmp_path, capsys):
     assert killed.end is None
     assert killed.seconds["start"] > 0.3  # the imports are in it
     assert min(killed.seconds["compile"], killed.seconds["step"], killed.seconds["save"]) > 0
-    assert killed.seconds["restore"] == 0
+    assert killed.seconds["restore"] < 0.5  # there was nothing
     assert killed.first_step_after is not None
     assert killed.seconds["compile"] < killed.first_step_after < killed.ended - killed.started
     assert killed.last_step is not None

@@ -15,13 +15,14 @@ import numpy as np
 from etils import epath
 
 import ssljax
+from ssljax.bounded import parse_json, read_lines
 from ssljax.config import build
 from ssljax.describe import flatten
 from ssljax.goodput import PARTS, Record, duration, read_sessions, run_goodput, split_steps
 from ssljax.optim import Optim
 from ssljax.report.charts import Line, line_chart, share_bar
 from ssljax.report.health import curve, verdict
-from ssljax.report.page import COLORS, Html, el, join, lead, section, table
+from ssljax.report.page import COLORS, Html, el, join, lead, section, short_text, table
 from ssljax.summary import Figure
 
 Records = Sequence[Mapping[str, Any]]
@@ -44,12 +45,13 @@ _COLLAPSE: Mapping[str, tuple[str, str, tuple[float, ...]]] = {
 }
 # Metrics with a chart of their own, and those another chart or the log says already.
 _KNOWN = ("loss", "learning_rate", "grad_norm", "images_per_second", "data_wait", "mfu")
-_SKIPPED = ("step", "time", "bad_samples", "images_per_second_per_device", "flops_per_second_per_device")
+_PER_DEVICE = ("images_per_second_per_device", "flops_per_second_per_device")
+_SKIPPED = ("step", "time", "bad_samples", "refused_steps", "goodput", *_PER_DEVICE)
 _MOST_CHARTS = 24  # of a method's own metrics, and of evaluations
 _BAD_SHOWN = 8
 _SESSIONS_SHOWN = 12
 # Colours of where the time went: grey for down, the strongest warning for lost work.
-_PARTS = dict(zip(PARTS, (COLORS[0], COLORS[1], "#aab1ba", *COLORS[2:], "#8c6d31"), strict=True))
+_PARTS = dict(zip(PARTS, (COLORS[0], COLORS[1], "#aab1ba", *COLORS[2:], "#8c6d31", "#7fc97f"), strict=True))
 
 
 def header(method: str, paper: str, config: Mapping[str, Any], records: Records, parameters: str) -> Html:
@@ -246,17 +248,29 @@ def _session(session: Record, later: Sequence[Record]) -> tuple[str, ...]:
 def bad_samples(workdir: epath.Path) -> Html:
     """How many samples could not be read, and the first of them."""
     path = workdir / "bad_samples.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-            rows.append((str(entry["key"]), str(entry["reason"])))
-        except (ValueError, KeyError, TypeError):  # a line cut short by a crash
-            rows.append(("?", line[:200]))
-    if not rows:
+    rows, count = [], 0
+    if path.exists():
+        with path.open("r") as file:
+            for line in read_lines(file):
+                count += 1
+                if count <= _BAD_SHOWN:
+                    rows.append(_bad_sample(line))
+    if not count:
         return section("Bad samples", el("p", "None: every sample could be read.", class_="skipped"))
-    what = f"{len(rows):,} sample{'s' if len(rows) > 1 else ''} could not be read and gave way to another."
-    return section("Bad samples", lead(what), table(("key", "reason"), rows[:_BAD_SHOWN], "texts"))
+    what = f"{count:,} sample{'s' if count > 1 else ''} could not be read and gave way to another."
+    return section("Bad samples", lead(what), table(("key", "reason"), rows, "texts"))
+
+
+def _bad_sample(line: str) -> tuple[str, str]:
+    """(key, reason), cut to a readable length; a line cut short by a crash is shown as it is."""
+    try:
+        entry = parse_json(line)
+        key, reason = entry["key"], entry["reason"]
+        if isinstance(key, str | int) and isinstance(reason, str):
+            return short_text(str(key)), short_text(reason)
+    except (ValueError, KeyError, TypeError):
+        pass
+    return "?", short_text(line)
 
 
 def configuration(config: Mapping[str, Any], parameters: str) -> Html:
