@@ -279,11 +279,13 @@ def test_a_run_without_records(run, tmp_path, config):
     if not config:
         (workdir / "config.json").unlink()
     (workdir / "bad_samples.jsonl").write_text('{"key": "<u>", "reason": "<s>"}\n{"key": cut')
+    (workdir / "incidents.jsonl").write_text('{"step": 7, "kind": "rewind", "text": "going back to step 4"}\n')
     page = read(write_report(workdir))
     assert "This part failed" not in page.text
     assert "Nothing has been logged yet." in page.text
     assert "2 samples could not be read" in page.text
     assert "<u>" in page.text
+    assert page.words[page.words.index("rewind") - 1 :][:3] == ["7", "rewind", "going back to step 4"]
 
 
 def test_captions_are_ranked_and_escaped(tmp_path):

@@ -94,8 +94,6 @@ class Training:
     def variables(self, devices: int = 1) -> dict[str, str]:
         """The environment of a process with so many CPU devices."""
         flags = f"--xla_force_host_platform_device_count={devices}"
-        if devices > 1:  # or the devices' collectives can block each other, see tests/conftest.py
-            flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
         return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, **self.environment}
 
     def finish(self, processes: int | None = None, devices: int = 1) -> None:

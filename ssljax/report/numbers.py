@@ -1,12 +1,14 @@
-"""The parts of the report that need a run's files alone: header, results, curves, bad samples, config."""
+"""The parts of the report that need a run's files alone: header, results, curves, incidents, bad samples, config."""
 
 import json
 import math
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ _PER_DEVICE = ("images_per_second_per_device", "flops_per_second_per_device")
 _SKIPPED = ("step", "time", "bad_samples", "refused_steps", "goodput", *_PER_DEVICE)
 _MOST_CHARTS = 24  # of a method's own metrics, and of evaluations
 _BAD_SHOWN = 8
+_INCIDENTS_SHOWN = 12
 _SESSIONS_SHOWN = 12
 # Colours of where the time went: grey for down, the strongest warning for lost work.
 _PARTS = dict(zip(PARTS, (COLORS[0], COLORS[1], "#aab1ba", *COLORS[2:], "#8c6d31", "#7fc97f"), strict=True))
@@ -247,30 +250,41 @@ def _session(session: Record, later: Sequence[Record]) -> tuple[str, ...]:
 
 def bad_samples(workdir: epath.Path) -> Html:
     """How many samples could not be read, and the first of them."""
-    path = workdir / "bad_samples.jsonl"
-    rows, count = [], 0
-    if path.exists():
-        with path.open("r") as file:
-            for line in read_lines(file):
-                count += 1
-                if count <= _BAD_SHOWN:
-                    rows.append(_bad_sample(line))
+    entries = _entries(workdir / "bad_samples.jsonl", ("key", "reason"))
+    rows = list(islice(entries, _BAD_SHOWN))
+    count = len(rows) + sum(1 for _ in entries)
     if not count:
         return section("Bad samples", el("p", "None: every sample could be read.", class_="skipped"))
     what = f"{count:,} sample{'s' if count > 1 else ''} could not be read and gave way to another."
     return section("Bad samples", lead(what), table(("key", "reason"), rows, "texts"))
 
 
-def _bad_sample(line: str) -> tuple[str, str]:
-    """(key, reason), cut to a readable length; a line cut short by a crash is shown as it is."""
-    try:
-        entry = parse_json(line)
-        key, reason = entry["key"], entry["reason"]
-        if isinstance(key, str | int) and isinstance(reason, str):
-            return short_text(str(key)), short_text(reason)
-    except (ValueError, KeyError, TypeError):
-        pass
-    return "?", short_text(line)
+def incidents(workdir: epath.Path) -> Html | None:
+    """Refused steps, rewinds, damaged checkpoints: how many, and the latest. None if there were none."""
+    rows: deque[tuple[str, ...]] = deque(maxlen=_INCIDENTS_SHOWN)
+    count = 0
+    for entry in _entries(workdir / "incidents.jsonl", ("step", "kind", "text")):
+        rows.append(entry)
+        count += 1
+    if not count:
+        return None
+    latest = f"The latest {len(rows)} of {count:,}." if count > len(rows) else f"{count} in all."
+    return section("Incidents", lead(latest), table(("step", "kind", "what happened"), list(rows), "texts"))
+
+
+def _entries(path: epath.Path, fields: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """These fields of every line, cut to a readable length; a line cut short by a crash is shown as it is."""
+    if not path.exists():
+        return
+    with path.open("r") as file:
+        for line in read_lines(file):
+            try:
+                values = [parse_json(line)[name] for name in fields]
+                if not all(isinstance(value, str | int) for value in values):
+                    raise ValueError
+            except (ValueError, KeyError, TypeError):
+                values = ["?"] * (len(fields) - 1) + [line]
+            yield tuple(short_text(str(value)) for value in values)
 
 
 def configuration(config: Mapping[str, Any], parameters: str) -> Html:

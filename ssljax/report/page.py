@@ -82,7 +82,7 @@ def lead(*text: str | None) -> Html:
     return el("p", *text, class_="lead")
 
 
-def document(title: str, *body: str) -> str:
+def document(title: str, *body: str | None) -> str:
     """The whole page. Should a hole remain, its content security policy forbids scripts and all of the network."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = el(
