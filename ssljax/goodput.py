@@ -153,8 +153,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end = self.end or ("finished" if kind is None else f"error: {kind.__name__}")
-        with suppress(OSError):  # where nothing can be written, the error under way says so
-            self.write()
+        self.write()
 
     def start_steps(self, step: int) -> None:
         """The loop begins; `step` steps were done before it."""
@@ -179,8 +178,7 @@ class Session:
         """`step` steps are done, a checkpoint of them may exist. Recorded at most once a second."""
         self._record.last_step = step
         if time.monotonic() - self._written > _PAUSE:
-            with suppress(OSError):  # a record that is late is no reason to stop
-                self.write()
+            self.write()
 
     def write(self) -> None:
         """Brings the file up to date (process 0)."""
@@ -190,11 +188,12 @@ class Session:
         record.seconds = {name: round(seconds, 3) for name, seconds in self.clock.seconds().items()}
         record.steps, record.lost_steps = self.clock.steps, self.clock.lost_steps
         record.ended, record.end = record.started + sum(record.seconds.values()), self.end
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        # A reader, or a kill, never meets half a record.
-        new = self._path.with_suffix(".new")
-        new.write_text(json.dumps(asdict(record), indent=1) + "\n")
-        new.replace(self._path)
+        with suppress(OSError):  # a missing record is no reason to stop; who cannot write at all hears it from others
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # A reader, or a kill, never meets half a record.
+            new = self._path.with_suffix(".new")
+            new.write_text(json.dumps(asdict(record), indent=1) + "\n")
+            new.replace(self._path)
 
 
 def read_sessions(workdir: epath.PathLike) -> list[Record]:
