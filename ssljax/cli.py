@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `ssljax`, which returns the exit status.
 
     Errors meant for people are printed without a traceback (status 1). A run that was told to stop and saved returns
-    `preemption.AGAIN` (75): the same command continues it.
+    `preemption.AGAIN` (75), one that lost another of its processes `watchdog.LOST` (76): the same command continues it.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -38,18 +38,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ssljax.config import ConfigError
     from ssljax.data.errors import BadSample
     from ssljax.preemption import AGAIN, Preempted
+    from ssljax.watchdog import LOST, lost_contact
 
     try:
         options.verb(options)
     except Preempted as reason:
         print(f"ssljax: {reason}", flush=True)
         return AGAIN
-    # DivergedError and StateError are ArithmeticErrors.
-    except (CheckpointError, ConfigError, BadSample, ArithmeticError, ValueError, OSError, ImportError) as error:
-        if options.traceback:
+    except Exception as error:
+        # DivergedError and StateError are ArithmeticErrors.
+        for_people = (CheckpointError, ConfigError, BadSample, ArithmeticError, ValueError, OSError, ImportError)
+        lost = lost_contact(error)
+        if options.traceback or not (lost or isinstance(error, for_people)):
             raise
         print(f"ssljax: {type(error).__name__}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
-        return 1
+        return LOST if lost else 1
     return 0
 
 

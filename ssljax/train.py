@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
+from uuid import uuid4
 
 import jax
 from etils import epath
@@ -12,6 +13,7 @@ from etils import epath
 from ssljax.checkpoint import CheckpointStore
 from ssljax.config import Experiment
 from ssljax.describe import describe
+from ssljax.distributed import gather_texts
 from ssljax.encode import Pixels
 from ssljax.evals.online import Classification
 from ssljax.flight import DivergedError, Flight
@@ -83,7 +85,10 @@ def train(
         state, progress, before = newest(damages.append)
         start = int(state.step)
         log = stack.enter_context(MetricLog(workdir, e.steps, start, progress.records, wandb, run.config))
-        watch = stack.enter_context(Watchdog(workdir, jax.process_index(), jax.process_count(), log.say, e.heartbeats))
+        life = gather_texts(uuid4().hex)[0]
+        watch = stack.enter_context(
+            Watchdog(workdir, jax.process_index(), jax.process_count(), log.say, e.heartbeats, life=life)
+        )
         describe(log, run, workdir, start, before)
         for damage in damages:
             log.incident(start, "checkpoint", damage)

@@ -9,6 +9,7 @@ off, and all others leave with its name. If all hearts beat, it says who is wher
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -44,11 +45,19 @@ class Heartbeats:
             raise ValueError(f"heartbeats need 0 < every < silence <= patience, got {self}")
 
 
+def lost_contact(error: BaseException) -> bool:
+    """Whether an error says that another process of the run does not answer any more."""
+    return bool(
+        re.search(r"\b(Gloo|NCCL)\b.*(connect|peer|remote|closed|timed? ?out)|coordination service", str(error), re.I)
+    )
+
+
 class Watchdog:
     """The heartbeat of this process, and its eye on the others; a context manager around the loop.
 
     `at(phase, step)` tells it where the main thread is. When that has not moved for three steps and two heartbeats, the
     other processes are watched; one whose file then stands still for `silence`, or that has ended by an error, is lost.
+    `life` is a word that all processes share and no earlier start of the run had: files of earlier starts say nothing.
     `leave` ends this process (`os._exit`: the main thread hangs in a collective and cannot be asked).
     """
 
@@ -60,9 +69,11 @@ class Watchdog:
         say: Callable[[str], None],
         times: Heartbeats = Heartbeats(),
         leave: Callable[[int], Any] = os._exit,
+        life: str = "",
     ):
         self._folder = epath.Path(workdir) / "heartbeats"
         self._process, self._processes, self._say, self._leave, self._times = process, processes, say, leave, times
+        self._life = life
         self._main = threading.get_ident()
         self._where, self._since = ("start", 0), time.monotonic()
         self._step_began, self._step_time = 0.0, 0.0
@@ -130,6 +141,8 @@ class Watchdog:
                 continue
             path = self._folder / f"{process}.json"
             text = path.read_text() if path.exists() else ""
+            if _parsed(text).get("life") != self._life:
+                text = ""
             if process not in self._heard or self._heard[process][0] != text:
                 self._heard[process] = text, now
         return {process: (text, now - since) for process, (text, since) in self._heard.items()}
@@ -160,6 +173,7 @@ class Watchdog:
             "process": self._process,
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "life": self._life,
             "beat": self._beats,
             "phase": phase,
             "step": step,

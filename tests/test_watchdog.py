@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ssljax.watchdog import LOST, Heartbeats, Watchdog
+from ssljax.watchdog import LOST, Heartbeats, Watchdog, lost_contact
 
 TIMES = Heartbeats(every=0.1, silence=0.6, patience=60.0)
 # Process 1 of 2: enters a phase, and then does what the test wants of it.
@@ -94,6 +94,19 @@ def test_a_failed_process_is_named_with_its_error(tmp_path, peer):
     assert "ended: ValueError: the disk is on fire" in said[-1]
 
 
+def test_what_an_earlier_start_left_behind_says_nothing(tmp_path):
+    """Process 1 had ended by an error, the run was started again, and process 1 is late: it gets its time."""
+    for life, status in (("first", LOST), ("second", None)):
+        (tmp_path / "heartbeats").mkdir(exist_ok=True)
+        (tmp_path / "heartbeats/1.json").write_text(
+            '{"beat": 3, "life": "first", "ended": "ValueError: lost the other"}'
+        )
+        with Watchdog(tmp_path, 0, 2, print, Heartbeats(0.1, 9.0, 60.0), left := Left(), life) as watch:
+            watch.at("compile", 0)
+            time.sleep(1.0)
+        assert left.status == status
+
+
 def test_a_finished_process_is_not_missed(tmp_path, peer):
     peer("finish").wait()
     assert watched(tmp_path, 2)[0].status is None
@@ -151,6 +164,20 @@ def test_a_folder_that_cannot_be_written_is_reported_not_fatal(tmp_path):
         time.sleep(0.5)
     assert "cannot be written or read" in said[0]
     assert left.status is None
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ("UNKNOWN: Gloo all-reduce failed: [pair.cc:538] Read error [127.0.0.1]:22162: Connection reset by peer", True),
+        ("UNAVAILABLE: Failed to send RPC to coordination service. Socket closed", True),
+        ("NCCL operation ncclAllReduce failed: remote process exited or there was a network error", True),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes", False),
+        ("connection to gs://bucket closed", False),
+    ],
+)
+def test_errors_of_collectives_that_lost_a_process(message, lost):
+    assert lost_contact(ValueError(message)) is lost
 
 
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"silence": 1.0, "every": 2.0}, {"patience": 5.0}])
