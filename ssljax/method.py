@@ -7,11 +7,15 @@ parameters.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from ssljax.axes import logical_shards
+from ssljax.shards import each_shard
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -74,40 +78,68 @@ def forward(
     *inputs: Any,
     train: bool = True,
     key: Array | None = None,
-    micro_batches: int = 1,
+    micro_batches: int | None = None,
     **kwargs: Any,
 ) -> tuple[Any, State]:
     """Applies a module. Returns its output and the next batch statistics (unchanged with `train=False`).
 
     `key` is needed only by modules with drop-path or dropout, in training.
 
-    With `micro_batches` k > 1 the rows of `inputs` pass in k equal parts, one after the other, and the backward pass
-    computes each part anew: the memory of one part, for one more forward pass. The output is that of all
-    rows, so the loss and its gradient are those of the full batch, up to rounding. Part c is rows c, c + k, c + 2k, ...
-    (these lie on all devices alike). Batch normalisation sees one part at a time; its running averages take the mean.
-    """
-    variables = {"params": params, "batch_stats": stats}
-    if not train:
-        return module.apply(variables, *inputs, train=False, **kwargs), stats
+    `micro_batches` is given (`ctx.micro_batches`) for large networks. With k > 1 the rows of `inputs` pass in k equal
+    parts, one after the other, and the backward pass computes each part anew: the memory of one part, for one more
+    forward pass. The output is that of all rows, so the loss and its gradient are those of the full batch, up to
+    rounding. Part c is rows c, c + k, c + 2k, ... (these lie on all devices alike). Batch normalisation sees one part
+    at a time; its running averages take the mean.
 
-    def apply(variables: Any, key: Array | None, *inputs: Any) -> tuple[Any, State]:
+    In a deterministic run the rows of large networks pass by logical shards (`ssljax.shards`), each of them in k parts,
+    and batch normalisation sees one part of one logical shard. What `micro_batches` is not given for, every device
+    computes for the whole batch.
+    """
+
+    def apply(params: Params, key: Array | None, *inputs: Any) -> tuple[Any, State]:
+        variables = {"params": params, "batch_stats": stats}
+        if not train:
+            return module.apply(variables, *inputs, train=False, **kwargs), {}
         rngs = {} if key is None else {"dropout": key}
         output, changed = module.apply(variables, *inputs, train=True, rngs=rngs, mutable=["batch_stats"], **kwargs)
         return output, dict(changed).get("batch_stats", stats)
 
-    if micro_batches == 1:
-        return apply(variables, key, *inputs)
+    parts = micro_batches if train and micro_batches else 1
+    encode = apply if parts == 1 else partial(_in_parts, apply, parts)
+    if micro_batches is None or not logical_shards():
+        outputs, changed = encode(params, key, *inputs)
+        return outputs, changed if train else stats
+
+    def of_shard(params: Params, key: Array | None, *inputs: Any) -> tuple[Any, State]:
+        output, changed = encode(params, None if key is None else key[0], *inputs)
+        return output, jax.tree.map(lambda x: x[None], changed)
+
+    if parts == 1 and getattr(module, "remat", "none") == "none":
+        # Results of products alone are kept for the backward pass: a loop has to store, as copies, all that is kept.
+        of_shard = jax.checkpoint(of_shard, policy=_of_a_product, prevent_cse=False)
+    keys = None if key is None else jax.random.split(key, logical_shards())
+    outputs, changed = each_shard(of_shard, params, keys, *inputs)
+    return outputs, jax.tree.map(lambda x: x.mean(axis=0), changed) if train else stats
+
+
+def _in_parts(apply: Any, count: int, params: Params, key: Array | None, *inputs: Any) -> tuple[Any, State]:
+    """`apply` on `count` parts of the rows, one after the other."""
 
     def split(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0)
+        return jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
 
     def join(x: Array) -> Array:
         return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
-    keys = None if key is None else jax.random.split(key, micro_batches)
+    keys = None if key is None else jax.random.split(key, count)
     of_part = jax.checkpoint(apply, prevent_cse=False)  # the loop keeps the parts apart already
-    outputs, stats = jax.lax.map(lambda part: of_part(variables, *part), (keys, *jax.tree.map(split, inputs)))
+    outputs, stats = jax.lax.map(lambda part: of_part(params, *part), (keys, *jax.tree.map(split, inputs)))
     return jax.tree.map(join, outputs), jax.tree.map(lambda x: x.mean(axis=0), stats)
+
+
+def _of_a_product(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Matrix products and convolutions; a function with a derivative of its own may hold some."""
+    return primitive.name in ("dot_general", "conv_general_dilated", "custom_vjp_call")
 
 
 def ema(target: Any, source: Any, momentum: Array | float) -> Any:

@@ -14,6 +14,7 @@ import optax
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ssljax.axes import in_logical_shards
 from ssljax.checkpoint import CheckpointStore, abstract_like
 from ssljax.config import Experiment, resolve, with_precision
 from ssljax.data import Batches, HostTransform, train_batches
@@ -25,6 +26,7 @@ from ssljax.mesh import batch_sharding, check_batch_size, global_batch, process_
 from ssljax.method import Context
 from ssljax.metrics import MetricLog, peak_flops
 from ssljax.optim import make_optimizer
+from ssljax.shards import check_mesh, compile_alike, views_of
 from ssljax.state import TrainState
 
 DIAGNOSED_ROWS = 256  # of a batch, for the collapse diagnostics
@@ -55,6 +57,8 @@ class Run:
         self.experiment = e = with_precision(experiment, {"bf16": "bfloat16"}.get(experiment.precision))
         self.mesh = e.mesh.create(devices)
         check_batch_size(e.batch_size, self.mesh, e.micro_batches)
+        if e.deterministic:
+            check_mesh(e.deterministic, e.batch_size, e.micro_batches, self.mesh)
         self.rows = process_rows(e.batch_size, self.mesh)
         self.train_transform = HostTransform(e.data.size, e.data.views.host_crops, e.data.tokenizer)
         self.eval_transform = HostTransform(e.data.size, e.data.eval_view.host_crops, e.data.tokenizer)
@@ -90,12 +94,13 @@ class Run:
         e = self.experiment
         view_key, loss_key = jax.random.split(jax.random.fold_in(self.step_key, state.step))
         ctx = Context(loss_key, state.step, state.step / e.steps, e.micro_batches)
-        views = e.data.views(view_key, batch)
 
         def loss_of(params):
             return e.method.loss(params, state.method, views, ctx)
 
-        (loss, (method_state, metrics)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        with in_logical_shards(e.deterministic):
+            views = views_of(e.data.views, view_key, batch)
+            (loss, (method_state, metrics)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, opt = self.optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         params, method_state = e.method.update(params, method_state, ctx)
@@ -118,7 +123,8 @@ class Run:
         batch = abstract_like(self.batch_shapes, {name: batch_sharding(self.mesh) for name in self.batch_shapes})
         replicated = NamedSharding(self.mesh, PartitionSpec())
         step = jax.jit(self.step, donate_argnums=0, out_shardings=(self.state_shardings, replicated))
-        return step.trace(state, batch).lower(lowering_platforms=(platform,) if platform else None).compile()
+        lowered = step.trace(state, batch).lower(lowering_platforms=(platform,) if platform else None)
+        return compile_alike(lowered, self.mesh) if self.experiment.deterministic else lowered.compile()
 
     def encoder(self, method: Any = None) -> Encoder:
         """The frozen encoder of the run's method (or of another with `features`)."""
