@@ -26,7 +26,7 @@ from rich.table import Table
 from ssljax.config import Experiment, experiment, load_config
 from ssljax.flops import matmul_flops
 from ssljax.mesh import global_batch
-from ssljax.train import Run
+from ssljax.run import Run
 
 ROOT = Path(__file__).parent.parent
 SHARDS = 16

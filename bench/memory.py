@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ssljax.config import experiment, load_config
-from ssljax.train import Run
+from ssljax.run import Run
 
 MIB = 2**20
 
@@ -31,7 +31,7 @@ def main() -> None:
         state = jax.block_until_ready(run.init())
         before = peak()
         for _ in range(3):
-            state, metrics = jax.block_until_ready(step(state, batch))
+            state, metrics, _ = jax.block_until_ready(step(state, batch))
     live = sum(x.nbytes for x in jax.tree.leaves((state, batch, metrics))) / MIB
     kept = (found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes) / MIB
     print(f"state, batch and metrics: predicted {kept:.2f} MiB; live arrays {live:.2f} MiB")

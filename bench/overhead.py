@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ssljax.config import Experiment, experiment, load_config
-from ssljax.mesh import global_batch
 from ssljax.metrics import read_records
-from ssljax.train import Run, train
+from ssljax.run import Run
+from ssljax.train import train
 
 TINY = (
     "method.encoder.blocks=(1,)",
@@ -47,8 +47,6 @@ def tiny(variant: str, steps: int, *overrides: str) -> Experiment:
 class Same:
     """One batch again and again, in place of the loader."""
 
-    bad = 0
-
     def __init__(self, batch: Batch):
         self._batch = batch
 
@@ -65,12 +63,12 @@ def bare(e: Experiment, batch: Batch, place: bool) -> float:
     run = Run(e)
     with jax.set_mesh(run.mesh):
         step, state = run.compile_step(), run.init()
-        placed = global_batch(batch, e.batch_size, run.mesh)
+        placed = run.place(batch)
         for i in range(e.steps - SKIP):
             if i == SKIP:
                 jax.block_until_ready(state)
                 start = time.perf_counter()
-            state, _ = step(state, global_batch(batch, e.batch_size, run.mesh) if place else placed)
+            state, *_ = step(state, run.place(batch) if place else placed)
         jax.block_until_ready(state)
     return 1e3 * (time.perf_counter() - start) / (e.steps - 2 * SKIP)
 

@@ -1,5 +1,6 @@
 """Trained encoders in Python: `ssljax.load(workdir).features(images)`."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from ssljax.checkpoint import CheckpointError, CheckpointStore, abstract_like
 from ssljax.config import Experiment, build
 from ssljax.data import Source, parse_source
 from ssljax.encode import FrozenEncoder
-from ssljax.train import Run
+from ssljax.run import Run
 
 
 @dataclass(frozen=True)
@@ -70,19 +71,23 @@ def load(
 ) -> Pretrained:
     """The encoder of a run, from its newest checkpoint or that of `step`, on one device, without its training data.
 
+    A damaged checkpoint is never used: the newest one gives way to the one before, with a warning; `step` raises.
+
     Args:
       types: classes of your own that the run's config names, by class name. (Nothing in a checkpoint is ever imported
         or executed.)
       with_evals: keep the run's evaluations; their sources must be there.
 
     Raises:
-      CheckpointError: no such checkpoint. ConfigError: the config names a class that is neither ssljax's nor in
-        `types`.
+      CheckpointError: no such checkpoint, or it is damaged. ConfigError: the config names a class that is neither
+        ssljax's nor in `types`.
     """
     if not epath.Path(workdir).is_dir():
         raise CheckpointError(f"no checkpoint in {workdir}: there is no such folder; give the --workdir of a run")
-    with CheckpointStore(workdir) as store:
-        step, metadata = store.metadata(step)
+    store = CheckpointStore(workdir)
+
+    def read(step: int) -> Pretrained:
+        metadata = store.record(step).metadata
         config = metadata["config"]
         config["data"]["train"] = None
         config["mesh"] = {}
@@ -91,8 +96,12 @@ def load(
         shapes = {name: jax.ShapeDtypeStruct(tuple(shape), dtype) for name, (shape, dtype) in metadata["batch"].items()}
         run = Run(build(Experiment, config, "config", types), jax.local_devices()[:1], shapes)
         with jax.set_mesh(run.mesh):
-            state, _ = store.restore(abstract_like(run.state_shapes, run.state_shardings), step)
-    return Pretrained(run, step, run.encoder().at(state.eval_params, state.method))
+            state = store.restore(abstract_like(run.state_shapes, run.state_shardings), step).state
+        return Pretrained(run, step, run.encoder().at(state.eval_params, state.method))
+
+    if step is not None:
+        return read(step)
+    return store.newest_good(read, lambda damage: warnings.warn(damage, stacklevel=2))
 
 
 def write_features(path: epath.PathLike, features: Mapping[str, np.ndarray]) -> None:

@@ -7,23 +7,13 @@ import jax
 AXES = ("replica", "fsdp", "tensor")
 BATCH = ("replica", "fsdp")  # the rows of a batch are split over these
 
-# While a deterministic step is traced: how many logical shards its batch has (`ssljax.shards`); else 0.
-in_logical_shards = jax.make_user_context(0)
-
-
-def logical_shards() -> int:
-    """Into how many logical shards a batch is cut; 0 where sums over its rows may take any order."""
-    return in_logical_shards.value
-
 
 def batch_axes() -> tuple[str, ...]:
     """The axes of the context mesh that split a batch over more than one device; () without a mesh.
 
     Axes that are manual already (the caller is inside a `shard_map`) do not count: there the rows at hand are the
-    batch. Under logical shards there are none: what is not computed shard by shard every device computes as a whole.
+    batch.
     """
-    if logical_shards():
-        return ()
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(axis for axis in BATCH if mesh.shape.get(axis, 1) > 1 and axis not in mesh.manual_axes)
 

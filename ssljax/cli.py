@@ -23,7 +23,11 @@ def run() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `ssljax`. Errors meant for people are printed without a traceback (exit status 1)."""
+    """Entry point of `ssljax`, which returns the exit status.
+
+    Errors meant for people are printed without a traceback (status 1). A run that was told to stop and saved returns
+    `preemption.AGAIN` (75): the same command continues it.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(options, "overrides") or not all("=" in word and word[0] != "-" for word in rest)):
@@ -33,14 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ssljax.checkpoint import CheckpointError
     from ssljax.config import ConfigError
     from ssljax.data.errors import BadSample
-    from ssljax.train import NotFiniteError
+    from ssljax.preemption import AGAIN, Preempted
 
     try:
         options.verb(options)
-    except (CheckpointError, ConfigError, BadSample, NotFiniteError, ValueError, OSError, ImportError) as error:
+    except Preempted as reason:
+        print(f"ssljax: {reason}", flush=True)
+        return AGAIN
+    # DivergedError and StateError are ArithmeticErrors.
+    except (CheckpointError, ConfigError, BadSample, ArithmeticError, ValueError, OSError, ImportError) as error:
         if options.traceback:
             raise
-        print(f"ssljax: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"ssljax: {type(error).__name__}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1
     return 0
 
@@ -87,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--features", default="image", help="comma-separated names, e.g. image,patches")
     embed.add_argument("--step", type=int, help="which checkpoint; the newest by default")
     embed.set_defaults(verb=_embed)
+
+    check = verbs.add_parser("check", help="verify the files of all checkpoints of a run against their digests")
+    check.add_argument("workdir")
+    check.add_argument("--arrays", action="store_true", help="also load the arrays and verify theirs")
+    check.set_defaults(verb=_check)
 
     report = verbs.add_parser("report", help="write <workdir>/report.html: curves, neighbours, PCA maps, diagnostics")
     report.add_argument("--workdir", required=True)
@@ -194,6 +207,18 @@ def _embed(options: argparse.Namespace) -> None:
     write_features(options.out, found)
     shapes = ", ".join(f"{name} {values.shape}" for name, values in found.items())
     print(f"{options.out}: {shapes}")
+
+
+def _check(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from ssljax.check import check
+    from ssljax.checkpoint import CheckpointError
+
+    table, damaged = check(options.workdir, options.arrays)
+    Console().print(table)
+    if damaged:
+        raise CheckpointError(f"{damaged} of these are damaged; a run continues from its newest good checkpoint")
 
 
 def _report(options: argparse.Namespace) -> None:

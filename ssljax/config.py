@@ -25,9 +25,11 @@ from ssljax import data, evals, methods, models, views
 from ssljax.checkpoint import Checkpoints
 from ssljax.data import Loader, Source, Tokenizer, parse_source
 from ssljax.evals import Evaluation
+from ssljax.guard import Guard
 from ssljax.mesh import Mesh
 from ssljax.method import Method
 from ssljax.optim import Optim
+from ssljax.watchdog import Heartbeats
 
 
 class ConfigError(ValueError):
@@ -64,6 +66,8 @@ class Experiment:
     eval_every: int = 0  # 0: only before the first and after the last step
     evals: Mapping[str, Evaluation] = dataclasses.field(default_factory=dict)
     checkpoint: Checkpoints = Checkpoints()
+    guard: Guard = Guard()
+    heartbeats: Heartbeats = Heartbeats()
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "micro_batches", "log_every"):

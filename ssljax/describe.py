@@ -14,7 +14,7 @@ from ssljax.optim import Optim, parameter_rules
 from ssljax.rules import names
 
 if TYPE_CHECKING:
-    from ssljax.train import Run
+    from ssljax.run import Run
 
 
 def parameter_table(params: Any, shardings: Any, optim: Optim) -> str:

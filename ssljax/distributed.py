@@ -1,10 +1,16 @@
-"""Start-up of multi-process runs: finds out how this process was launched, joins the others, and says so."""
+"""Runs of many processes: how this one was launched, joining the others, and coming to one decision with them."""
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,3 +86,32 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
     else:
         jax.distributed.initialize(launch.coordinator, launch.processes, launch.process)
     return launch
+
+
+def gather_texts(text: str) -> list[str]:
+    """The texts of all processes, in their order. All of them must call it."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(data.size))
+    padded = np.zeros(max(sizes), np.uint8)
+    padded[: data.size] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def agreed(work: Callable[[], T], kinds: Sequence[type[Exception]]) -> T:
+    """What `work()` returns; where it raises one of `kinds` on one process, it raises that on all: they go on alike."""
+    result: Any = None
+    failure, cause = None, None
+    try:
+        result = work()
+    except tuple(kinds) as error:
+        failure, cause = [[isinstance(error, kind) for kind in kinds].index(True), str(error)], error
+    failures = [json.loads(text) for text in gather_texts(json.dumps(failure))]
+    for process, found in enumerate(failures):
+        if found:
+            kind, text = found
+            where = f"process {process}: " if len(failures) > 1 else ""
+            raise kinds[kind](where + text) from cause
+    return result

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ssljax.data import HostTransform, Source, Tokenizer, eval_batches
-from ssljax.data.stream import Loader
+from ssljax.data.stream import Loader, check_bad_fraction
 from ssljax.mesh import data_shards, global_batch, process_rows
 from ssljax.method import Batch, Method, Params, State
 
@@ -68,7 +68,11 @@ class FrozenEncoder:
     state: State
 
     def features(self, source: Source, names: Sequence[str] = ("image",)) -> dict[str, np.ndarray]:
-        """Float32 features `[n, ...]` of every readable sample, in order; also `index` and any `label` and `tokens`."""
+        """Float32 features `[n, ...]` of every readable sample, in order; also `index` and any `label` and `tokens`.
+
+        Raises:
+            ValueError: too many bad records (`Loader.max_bad_fraction`).
+        """
         e = self.encoder
         rows = process_rows(e.batch_size, e.mesh)
         parts: list[dict[str, np.ndarray]] = []
@@ -76,7 +80,9 @@ class FrozenEncoder:
             out = self._call(batch, names)
             keep = out.pop("mask")
             parts.append({name: values[keep] for name, values in out.items()})
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        check_bad_fraction(len(source) - len(found["index"]), len(source), e.loader.max_bad_fraction)
+        return found
 
     def texts(self, texts: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
         """Text features `[n, D]` of some strings."""

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ssljax.axes import logical_shards
-from ssljax.shards import each_shard
+from ssljax.shards import each_shard, logical_shards
 
 Array = jax.Array
 Params = dict[str, Any]

@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,6 +12,8 @@ import jax
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ssljax.bounded import parse_json, read_lines
 
 # Dense bf16 peak of one device, FLOP/s, by `device_kind`. (Vendors' data sheets, without sparsity.)
 PEAK_FLOPS = {
@@ -36,7 +39,8 @@ def peak_flops(device: Any) -> float | None:
 class MetricLog:
     """Writes metrics of one run. Only process 0 writes; the others keep silent.
 
-    A context manager: leaving it closes the files and the progress bar.
+    A context manager: leaving it closes the files and the progress bar. A run that continues at step `start` keeps the
+    first `records` lines of its `metrics.jsonl`, as many as there were when that step was saved.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class MetricLog:
         workdir: epath.PathLike,
         steps: int,
         start: int,
+        records: int = 0,
         wandb: str | None = None,
         config: Mapping[str, Any] | None = None,
     ):
@@ -52,11 +57,12 @@ class MetricLog:
         self._steps, self._started, self._start = steps, time.perf_counter(), start
         self._writers: list[Any] = []
         self._bar: Progress | None = None
+        self.records = records
         if not self._main:
             return
-        folder = epath.Path(workdir)
+        folder = self._folder = epath.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
-        self._jsonl = _continue_records(folder / "metrics.jsonl", start)
+        self._jsonl = _continue_records(folder / "metrics.jsonl", records)
         self._writers = [_TensorBoard(folder / "tensorboard")]
         if wandb is not None:
             self._writers.append(_WandB(wandb, folder, dict(config or {})))
@@ -111,8 +117,24 @@ class MetricLog:
         }
         self._jsonl.write(json.dumps(record) + "\n")
         self._jsonl.flush()
+        self.records += 1
         for writer in self._writers:
             writer.write(step, values)
+
+    def rewind(self, records: int) -> None:
+        """Drops all records but the first so many: the run goes back to where it was then."""
+        self.records = records
+        if self._main:
+            self._jsonl.close()
+            self._jsonl = _continue_records(self._folder / "metrics.jsonl", records)
+
+    def incident(self, step: int, kind: str, text: str) -> None:
+        """Something happened to the run: said, and appended to `incidents.jsonl`, which nothing ever shortens."""
+        self.say(text)
+        if self._main:
+            record = {"step": step, "time": round(time.time(), 3), "kind": kind, "text": text}
+            with (self._folder / "incidents.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """The record of a log step, also shown: in the bar on a terminal, as a line elsewhere."""
@@ -135,21 +157,87 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+class Meter:
+    """Throughput between log steps: images/s, share of time spent waiting for data, model FLOP/s and MFU."""
+
+    def __init__(self, step_fn: Any, batch_size: int, mesh: jax.sharding.Mesh):
+        # XLA counts the program of one device.
+        self._flops = float((step_fn.cost_analysis() or {}).get("flops", 0.0))
+        self._batch, self._devices, self._peak = batch_size, mesh.size, peak_flops(mesh.devices.flat[0])
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts the clock anew: what came before (compilation, evaluation) is not training."""
+        self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for the next batch."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """The figures since the last reading."""
+        elapsed = time.perf_counter() - self._since
+        per_second = self._steps / elapsed
+        figures = {
+            "images_per_second": per_second * self._batch,
+            "images_per_second_per_device": per_second * self._batch / self._devices,
+            "data_wait": self._waited / elapsed,
+            "flops_per_second_per_device": per_second * self._flops,
+        }
+        if self._peak:
+            figures["mfu"] = per_second * self._flops / self._peak
+        self.restart()
+        return figures
+
+
 def read_records(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The records of a run's `metrics.jsonl`, oldest first. A last line cut short by a crash is left out."""
+    """The records of a run's `metrics.jsonl`, oldest first: `step` (int), and numbers, None where not finite, by name.
+
+    A last line cut short by a crash is left out.
+
+    Raises:
+      FileNotFoundError: there is no such file. ValueError: a line, which it names, is not such a record.
+    """
     path = epath.Path(workdir) / "metrics.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; is {workdir} the workdir of a run?")
-    lines = path.read_text().splitlines()
-    complete = lines[:-1] if lines and not lines[-1].endswith("}") else lines
-    return [json.loads(line) for line in complete]
+    records: list[dict[str, Any]] = []
+    number, line = 0, ""
+    try:
+        with path.open("r") as file:
+            for line in read_lines(file):
+                number += 1
+                records.append(_record(line))
+                line = ""
+    except ValueError as error:
+        if not line or line.endswith(("\n", "}")):  # else the crash came while it was written
+            raise ValueError(f"{path}, line {max(number, 1)}: {error}") from error
+    return records
 
 
-def _continue_records(path: epath.Path, start: int) -> Any:
-    """Opens the records for appending, without those after step `start`: a resumed run writes them again."""
+def _record(line: str) -> dict[str, Any]:
+    record = parse_json(line)
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError("not a record with a step")
+    for name, value in record.items():
+        if value is not None and not isinstance(value, int | float):
+            raise ValueError(f"{name!r} is {type(value).__name__}, not a number")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name!r} does not fit into 64 bits")
+    return record
+
+
+def _continue_records(path: epath.Path, records: int) -> Any:
+    """Opens the records for appending, all but the first so many dropped. The file is never half written."""
     if path.exists():
-        kept = [json.dumps(record) + "\n" for record in read_records(path.parent) if start and record["step"] <= start]
-        path.write_text("".join(kept))
+        kept = path.read_text().splitlines(keepends=True)[:records]
+        temporary = path.with_name(path.name + ".new")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
     return path.open("a")
 
 

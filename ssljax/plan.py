@@ -23,7 +23,7 @@ from ssljax.config import Experiment, experiment, load_config
 from ssljax.flops import matmul_flops
 from ssljax.hlo import Program
 from ssljax.mesh import batch_sharding
-from ssljax.train import Run
+from ssljax.run import Run
 
 REMAT = ("none", "dots", "full")  # `remat` of `models.Transformer`, the more is computed again the later
 GIB = 2**30

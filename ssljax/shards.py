@@ -3,17 +3,15 @@
 A sum of floating-point numbers depends on its order, and as a rule the mesh decides it. With `deterministic=L` a batch
 is L *logical shards*, blocks of B / L rows, whatever the mesh; a device has a run of them. Then
 
-1. A network sees one logical shard at a time, in a loop: the same program of the same shapes on every mesh. Every
-   device makes at least two trips, for XLA takes a loop of one trip apart and fuses, hence rounds, in another way.
+1. A network sees one logical shard at a time, in a loop: the same program of the same shapes on every mesh.
 2. Gradients of parameters are added up over the logical shards as a binary tree, (0 + 1) + (2 + 3) and so on: within a
-   device by a binary counter, then over the devices by the rest of the same tree.
-3. Every device computes all else (heads, the loss, the optimiser) for the whole batch. `compile_alike` sees to it
-   that the compiler split none of it.
+   device by loops of two turns within one another, over the devices by the rest of the same tree.
+3. Every device computes all else (heads, the loss) for the whole batch.
 
-This rests on equal devices computing equal programs equally: it was verified bit for bit on CPU devices of one machine.
+All of it is in one `shard_map`: the compiler has no choice how to split it. This rests on equal devices computing equal
+programs equally; it was verified bit for bit on CPU devices of one machine.
 """
 
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,51 +21,73 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
-from jaxlib.mlir.passmanager import PassManager
-
-from ssljax.axes import logical_shards
 
 AXIS = "replica"  # of the mesh; the only one that may split a batch here
 WHOLE = PartitionSpec()
 
+# While a deterministic gradient is traced: how many logical shards its batch has.
+_count = jax.make_user_context(0)
+
+
+def logical_shards() -> int:
+    """Into how many logical shards a batch is cut; 0 where sums over its rows may take any order."""
+    return _count.value
+
+
+def in_shards(gradient: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """`gradient(state, batch)`, a loss with its gradients and more, from `count` logical shards of the batch.
+
+    `gradient` sees a device's rows of the batch, which only `views_of` and `each_shard` may read.
+
+    Raises:
+        ValueError: something else has read them.
+    """
+
+    def of_device(state: Any, batch: Any) -> Any:
+        results = gradient(state, batch)
+        if any(map(_differs, jax.tree.leaves(results))):
+            raise ValueError(
+                "deterministic: the loss depends on pictures in a way that only one device knows of. It may read them "
+                "only through `ssljax.method.forward(..., micro_batches=ctx.micro_batches)`: let the network's output "
+                "carry what it needs of them"
+            )
+        return results
+
+    def of_batch(state: Any, batch: Any) -> Any:
+        with _count(count):
+            return jax.shard_map(of_device, in_specs=(WHOLE, PartitionSpec(AXIS)), out_specs=WHOLE)(state, batch)
+
+    return of_batch
+
 
 def each_shard(function: Callable[..., Any], params: Any, *rows: Any, gather: bool = True) -> Any:
-    """`function(params, *rows)` of every logical shard of the context, its results put together row by row.
+    """`function(params, *rows)` of every logical shard, its results put together row by row.
 
     Args:
-        function: sees B / L of the B rows. It may close over other arrays, to which no gradient goes.
-        rows: trees of arrays `[B, ...]`, for any B that L divides.
+        function: sees the rows of one logical shard. It may close over other arrays, to which no gradient goes.
+        rows: trees of arrays, the device's rows of the batch or (equal on all devices) all rows.
         gather: whether every device needs all results, or only those of its own rows.
     """
-    trips = logical_shards() // jax.sharding.get_abstract_mesh().shape[AXIS]
-
-    def of_device(params: Any, rows: Any) -> Any:
-        def of_shard(tally: Any, shard: tuple[jax.Array, Any]) -> tuple[Any, Any]:
-            trip, rows = shard
-            lent, tally = _lend(lax.stop_gradient(params), tally, trip)
-            return tally, function(lent, *rows)
-
-        shards = jax.tree.map(lambda x: x.reshape(trips, -1, *x.shape[1:]), rows)
-        _, results = lax.scan(of_shard, _tally(params, trips), (jnp.arange(trips), shards))
-        results = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
-        return lax.all_gather(results, AXIS, tiled=True, to="invarying") if gather else results
-
-    split = PartitionSpec(AXIS)
-    mapped = jax.shard_map(of_device, in_specs=(WHOLE, split), out_specs=WHOLE if gather else split)
-    return _fence(mapped(params, _whole_gradient(rows)))
+    turns = logical_shards() // lax.axis_size(AXIS)
+    lent = _lend(params)
+    shards = jax.tree.map(lambda x: x.reshape(turns, -1, *x.shape[1:]), jax.tree.map(_own, rows))
+    results = _in_pairs(lambda shard: function(lent, *shard), turns, shards)
+    results = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+    # Behind the barrier, lest the programs of one device and of many be fused in different ways.
+    return lax.optimization_barrier(_all_rows(results) if gather else results)
 
 
 def views_of(views: Callable[..., Any], key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """`views(key, batch)`; of each logical shard where there are any.
 
-    There `views` gets the keys of its rows, which are those that `Views` gives them. Pictures and the like stay with
-    their rows; of all that is smaller (labels, captions, ...) every device gets the whole, so that losses may use it.
+    There `views` gets the keys of its rows, which are those that `Views` gives them. Pictures and the like stay on the
+    device of their rows; of all that is smaller (labels, captions, ...) every device gets the whole, for losses.
     """
     if not logical_shards():
         return views(key, batch)
-    keys = jax.random.split(key, len(next(iter(batch.values()))))
+    keys = jax.random.split(key, len(next(iter(batch.values()))) * lax.axis_size(AXIS))
     seen = each_shard(lambda _, keys, batch: views(keys, batch), {}, keys, batch, gather=False)
-    return {name: x if x.ndim > 2 else _whole(x) for name, x in seen.items()}
+    return {name: x if x.ndim > 2 else _all_rows(x) for name, x in seen.items()}
 
 
 def check_mesh(count: int, batch_size: int, micro_batches: int, mesh: jax.sharding.Mesh) -> None:
@@ -92,74 +112,43 @@ def check_mesh(count: int, batch_size: int, micro_batches: int, mesh: jax.shardi
         raise ValueError(f"batch size {batch_size} is not divisible by the {count} logical shards{times}; use {sizes}")
 
 
-def compile_alike(lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
-    """The compiled program, as much like those for other numbers of devices as can be.
+def compiler_options(platform: str) -> dict[str, Any]:
+    """With these, programs for different numbers of devices differ in nothing but what they send."""
+    # XLA merges equal operations earlier in programs for several devices than in those for one, and rewrites others by
+    # the number of their users: never merged, they stay alike.
+    options: dict[str, Any] = {"xla_disable_hlo_passes": "cse"}
+    return options | {"xla_gpu_deterministic_ops": True} if platform == "gpu" else options
 
-    Raises:
-        ValueError: it adds up over devices in an order of the compiler's. Ours only move numbers between devices.
+
+def _in_pairs(function: Callable[[Any], Any], turns: int, rows: Any) -> Any:
+    """`lax.map` over the first axis, of length `turns`; gradients of what `function` closes over are a tree's sums.
+
+    A loop adds them up one by one, so each has two turns, and all but the innermost hold another. (XLA would take a
+    loop of one turn apart, and fuse, hence round, in another way.)
     """
-    # XLA merges equal operations before it rewrites others by the number of their users, but only in programs for
-    # several devices; for one device it merges later. Merged here, both start alike.
-    module: Any = lowered.compiler_ir("stablehlo")
-    with module.context:
-        PassManager.parse("builtin.module(cse)").run(module.operation)
-    on_gpu = mesh.devices.flat[0].platform == "gpu"
-    compiled = lowered.compile({"xla_gpu_deterministic_ops": True} if on_gpu else None)
-    if found := re.search(r" (all-reduce|reduce-scatter)(-start)?\(.*", compiled.as_text() or ""):
-        where = re.search(r'op_name="([^"]*)"', found[0])
-        raise ValueError(
-            "deterministic: the compiler split a sum over the devices, so its bits would depend on their number. A "
-            "loss may read pictures only through `ssljax.method.forward(..., micro_batches=ctx.micro_batches)`: let "
-            f"the network's output carry what it needs of them. The sum: {where[1] if where else found[0]}"
-        )
-    return compiled
+    if turns == 2:
+        return lax.map(function, rows)
+    halves = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), rows)
+    results = lax.map(partial(_in_pairs, function, turns // 2), halves)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
 
-def _whole(x: jax.Array) -> jax.Array:
-    return lax.with_sharding_constraint(x, WHOLE)
-
-
-def _fence(tree: Any) -> Any:
-    """What is on the one side of it, and its gradient, is not fused with what is on the other."""
-    return jax.tree.map(lambda x: lax.optimization_barrier(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x, tree)
-
-
-# Parameters pass through `_lend` once a trip, and what comes back for them is entered in the tally, a binary counter
-# that the loop carries: place i of it holds the sum of 2^i shards.
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _tally(params: Any, trips: int) -> Any:
-    def places(x: jax.Array) -> jax.Array:
-        return jnp.zeros_like(lax.pcast(x, AXIS, to="varying"), shape=(trips.bit_length(), *x.shape))
-
-    return jax.tree.map(places, params)
-
-
-def _close(trips: int, _: None, tally: Any) -> tuple[Any]:
-    vector, as_tree = ravel_pytree(jax.tree.map(lambda x: x[-1], tally))  # one exchange for all
-    return (_fence(as_tree(_sum_over_devices(vector))),)
-
-
-_tally.defvjp(lambda params, trips: (_tally(params, trips), None), _close)
+def _all_rows(tree: Any) -> Any:
+    return jax.tree.map(lambda x: lax.all_gather(x, AXIS, tiled=True, to="invarying"), tree)
 
 
 @jax.custom_vjp
-def _lend(params: Any, tally: Any, trip: jax.Array) -> tuple[Any, Any]:
-    return lax.pcast(params, AXIS, to="varying"), tally
+def _lend(params: Any) -> Any:
+    """Parameters as each device's own. Its gradient is added up over the devices as a tree."""
+    return lax.pcast(params, AXIS, to="varying")
 
 
-def _enter(trip: jax.Array, cotangents: tuple[Any, Any]) -> tuple[None, Any, None]:
-    gradient, tally = cotangents
-    places = len(jax.tree.leaves(tally)[0])
-    entered = 2 ** (places - 1) - 1 - trip  # the loop runs backwards
-    carries = lax.population_count(entered ^ (entered + 1)) - 1
-    add = lambda i, sums: jax.tree.map(lambda t, s: t[i] + s, tally, sums)  # noqa: E731
-    gradient = lax.fori_loop(0, carries, add, gradient)
-    return None, jax.tree.map(lambda t, g: t.at[carries].set(g), tally, gradient), None
+def _add_up(_: None, gradient: Any) -> tuple[Any]:
+    vector, as_tree = ravel_pytree(gradient)  # one exchange for all
+    return (lax.optimization_barrier(as_tree(_sum_over_devices(vector))),)
 
 
-_lend.defvjp(lambda params, tally, trip: (_lend(params, tally, trip), trip), _enter)
+_lend.defvjp(lambda params: (_lend(params), None), _add_up)
 
 
 def _sum_over_devices(vector: jax.Array) -> jax.Array:
@@ -172,10 +161,24 @@ def _sum_over_devices(vector: jax.Array) -> jax.Array:
     return lax.all_gather(mine[0], AXIS, tiled=True, to="invarying")[: len(vector)]
 
 
-@jax.custom_vjp
-def _whole_gradient(tree: Any) -> Any:
-    """The same, but its gradient, which comes split over the devices, is put together for whoever computes with it."""
-    return tree
+def _differs(x: jax.Array) -> bool:
+    """Whether each device has another array, by jax's own account."""
+    kind: Any = jax.typeof(x)
+    return AXIS in kind.manual_axis_type.varying
 
 
-_whole_gradient.defvjp(lambda tree: (tree, None), lambda _, gradient: (jax.tree.map(_whole, gradient),))
+def _own(x: jax.Array) -> jax.Array:
+    """A device's rows of what has all rows, else what was given."""
+    if _differs(x):
+        return x
+    return _own_rows(x) if jnp.issubdtype(x.dtype, jnp.inexact) else _slice(x)
+
+
+def _slice(x: jax.Array) -> jax.Array:
+    size = len(x) // lax.axis_size(AXIS)
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(AXIS) * size, size)
+
+
+# jax would add up gradients of the slices over the devices, zeros but for one: the sign of a zero depended on them.
+_own_rows = jax.custom_vjp(_slice)
+_own_rows.defvjp(lambda x: (_slice(x), None), lambda _, gradient: (_all_rows(gradient),))

@@ -8,9 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from ssljax.config import Experiment, apply_override, experiment, load_config
-from ssljax.mesh import global_batch
+from ssljax.run import Run
 from ssljax.state import TrainState
-from ssljax.train import Run
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -149,7 +148,7 @@ def run_steps(e: Experiment, devices: int, steps: int) -> tuple[list[float], Tra
         state, step = run.init(), run.compile_step()
         batches, losses = run.batches(0), []
         for _ in range(steps):
-            state, metrics = step(state, global_batch(next(batches), e.batch_size, run.mesh))
+            state, metrics, _ = step(state, run.place(next(batches)))
             losses.append(float(metrics["loss"]))
         batches.close()
     return losses, state

@@ -410,8 +410,12 @@ def test_kept_arrays():
     sample = HostTransform(size=8, keep=("mask", "score"))(record, None)
     assert sample["mask"].dtype == bool
     assert sample["score"] == 0.5
-    with pytest.raises(ValueError, match="keep names 'key', a str"):
-        HostTransform(keep=("key",))(record, None)
+    for name, reason in {
+        "key": r"'key' is 'a' \(str\)",
+        "absent": r"needs 'absent', but this record has \['image',",
+    }.items():
+        with pytest.raises(BadSample, match=reason):
+            HostTransform(keep=(name,))(record, None)
 
 
 def test_prepare_changes_nothing_when_done_twice():

@@ -14,12 +14,11 @@ from small import quick_compilation, tiny  # noqa: F401
 from ssljax.config import Experiment, experiment, load_config, load_variants
 from ssljax.data import eval_batches
 from ssljax.listing import config_files
-from ssljax.mesh import global_batch
 from ssljax.method import Context, Method
 from ssljax.optim import parameter_rules
 from ssljax.rules import names
+from ssljax.run import Run
 from ssljax.state import TrainState
-from ssljax.train import Run
 
 FILES = config_files(Path(__file__).parent.parent / "configs")
 
@@ -83,13 +82,12 @@ class Tiny:
 @pytest.fixture(scope="module", params=FILES, ids=lambda file: file.stem)
 def method(request) -> Tiny:
     run = Run(tiny(request.param), jax.devices()[:1])
-    size = run.experiment.batch_size
     with jax.set_mesh(run.mesh):
         step, before = run.compile_step(), run.init()
         batches, after = run.batches(0), run.init()
         for _ in range(3):
-            batch = global_batch(next(batches), size, run.mesh)
-            after, metrics = step(after, batch)
+            batch = run.place(next(batches))
+            after, metrics, _ = step(after, batch)
         batches.close()
     assert np.isfinite(float(metrics["loss"]))
     return Tiny(run, before, after, batch)
@@ -208,6 +206,6 @@ def test_published_variants(spec):
     assert spec in PUBLISHED, f"add the published numbers of parameters of {spec} here; there are {counted}"
     assert {name: counted[name] for name in PUBLISHED[spec]} == PUBLISHED[spec]
     with jax.set_mesh(run.mesh):
-        state, metrics = jax.eval_shape(run.step, run.state_shapes, run.batch_shapes)
+        state, metrics, _ = jax.eval_shape(run.step, run.state_shapes, run.batch_shapes)
     assert kinds(state) == kinds(run.state_shapes)
-    assert all(x.shape == () for name, x in metrics.items() if name != "embeddings")
+    assert all(x.shape == () for x in metrics.values())

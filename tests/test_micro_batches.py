@@ -14,7 +14,8 @@ from small import clip, quick_compilation, simclr, simclr_config  # noqa: F401
 from ssljax.config import ConfigError, experiment
 from ssljax.mesh import global_batch
 from ssljax.method import Context, forward, init_net
-from ssljax.train import Run, train
+from ssljax.run import Run
+from ssljax.train import train
 
 VIT = "{'type': 'ViT', 'image_size': 8, 'patch': 4, 'width': 16, 'depth': 2, 'heads': 2}"
 NO_NORM = "method.projector.norm='none'", "method.projector.last_norm='none'"

@@ -16,8 +16,8 @@ from ssljax.evals.fewshot import few_shot
 from ssljax.evals.knn import knn
 from ssljax.evals.linear import linear_probe
 from ssljax.mesh import Mesh
+from ssljax.run import Run
 from ssljax.state import TrainState
-from ssljax.train import Run
 
 COUNT = 50  # no multiple of a batch
 TRAIN = Scenes(count=64, split="train", size=16)

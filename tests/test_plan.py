@@ -15,7 +15,7 @@ from ssljax.hlo import Collective
 from ssljax.listing import config_files
 from ssljax.mesh import Mesh, process_rows
 from ssljax.plan import Plan, make_plan, ranked, sweep
-from ssljax.train import Run
+from ssljax.run import Run
 
 DIGITS, SCENES = f"{CONFIGS}/simclr.py:digits", f"{CONFIGS}/clip.py:scenes"
 TRANSFORMER = {"width": 64, "depth": 2, "heads": 4, "projection": 16, "scan": True}
@@ -64,7 +64,8 @@ def test_a_plan_adds_up(clip):
     assert clip.flops > clip.model_flops  # one tower computes its blocks again
     assert clip.mfu == pytest.approx(clip.model_flops / 8 / 989e12 / clip.fastest)
     rows = 64 / 8
-    assert clip.memory["batch"] == rows * (16 * 16 * 3 + 64 * 4 + 4 + 4)  # picture, text, label, index
+    # picture, text; label, index, replaced; stop
+    assert clip.memory["batch"] == rows * (16 * 16 * 3 + 64 * 4 + 3 * 4 + 1)
     assert clip.memory["optimizer"] == pytest.approx(2 * clip.memory["parameters"], rel=0.01)  # Adam's two moments
 
 

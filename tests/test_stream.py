@@ -1,9 +1,14 @@
 """The stream's promises: one integer of state, the same batches however they are read, bad records replaced."""
 
+import errno
 import itertools
 import json
 import logging
 import math
+import os
+import signal
+import sys
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +18,7 @@ import pytest
 from ssljax.data.errors import BadSample
 from ssljax.data.host import HostTransform
 from ssljax.data.shuffle import shuffled
-from ssljax.data.stream import Batches, Loader, eval_batches, train_batches
+from ssljax.data.stream import Batches, Loader, check_bad_fraction, eval_batches, train_batches, typical_sample
 
 INLINE = Loader(threads=0)
 
@@ -177,16 +182,13 @@ def test_the_loader_does_not_change_the_stream(loader):
 
 
 def test_worker_processes_do_not_change_the_stream(tmp_path):
-    """They count and log bad records as well."""
+    """They count and list bad records as well."""
     options: dict[str, Any] = {"batch_size": 10, "seed": 5, "steps": 12}
     source = Numbers(37, bad=frozenset({3, 20}))
-    inline = train_batches(source, draw, loader=INLINE, **options)
-    expected = list(inline)
+    expected = list(train_batches(source, draw, loader=INLINE, **options))
     workers = Loader(threads=1, workers=2)
     batches = train_batches(source, draw, loader=workers, bad_log=tmp_path / "bad.jsonl", **options)
     assert_same(list(batches), expected)
-    assert (batches.bad, batches.seen) == (inline.bad, inline.seen)
-    assert batches.bad > 0
     lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert {line["key"] for line in lines} == {"record-3", "record-20"}
 
@@ -231,12 +233,15 @@ def test_bad_records_are_replaced_in_place(tmp_path, caplog):
     options: dict[str, Any] = {"batch_size": 10, "seed": 2, "steps": 12, "loader": INLINE}
     clean = flat(take(train_batches(Numbers(40), draw, **options)))
     with caplog.at_level(logging.WARNING):
-        batches = train_batches(Numbers(40, bad), draw, bad_log=path, **options)
-        order = flat(list(batches))
+        taken = take(train_batches(Numbers(40, bad), draw, bad_log=path, **options))
+        order = flat(taken)
     good = ~np.isin(clean, list(bad))
     np.testing.assert_array_equal(order[good], clean[good])
     assert not np.isin(order, list(bad)).any()
-    assert batches.bad >= (~good).sum() == 9  # three epochs; a replacement may be bad as well
+    replaced = flat(taken, "replaced")
+    assert replaced.dtype == np.int32
+    np.testing.assert_array_equal(replaced > 0, ~good)
+    assert replaced.sum() >= (~good).sum() == 9  # three epochs; a replacement may be bad as well
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert sorted(line["index"] for line in lines) == [3, 11, 25]  # once, though every epoch meets them
     assert {line["key"] for line in lines} == {"record-3", "record-11", "record-25"}
@@ -252,40 +257,56 @@ def test_replacements_differ_from_position_to_position():
     assert len(set(replacements)) > 7
 
 
-def test_too_many_bad_records_stop_the_run(tmp_path):
+def test_too_many_bad_records(tmp_path):
+    """At 10 % the allowance of the first thousand, 50, is used up after some 500 samples."""
     path = tmp_path / "bad.jsonl"
     source = Numbers(4000, frozenset(range(0, 4000, 10)))
-    batches = train_batches(source, draw, batch_size=100, seed=0, loader=INLINE, bad_log=path)
-    with pytest.raises(ValueError, match=r"bad records among \d+ samples: more than max_bad_fraction=0.05") as caught:
-        list(itertools.islice(batches, 30))
-    assert "bad.jsonl" in str(caught.value)
-    assert 400 <= batches.seen <= 700  # at 10 % the allowance of the first thousand, 50, is used up
-    tolerant = train_batches(source, draw, batch_size=100, seed=0, loader=Loader(threads=0, max_bad_fraction=0.15))
-    assert len(take(tolerant, 30)) == 30
-    none = Loader(threads=0, max_bad_fraction=0.0)
-    strict = train_batches(Numbers(40, frozenset({1})), draw, batch_size=40, seed=0, loader=none)
-    with pytest.raises(ValueError, match="1 bad records"):
-        next(strict)
+    replaced = flat(take(train_batches(source, draw, batch_size=100, seed=0, loader=INLINE), 30), "replaced")
+    bad = np.cumsum(replaced)
+    refused = []
+    for seen in range(1, 3001):
+        try:
+            check_bad_fraction(int(bad[seen - 1]), seen, 0.05, path)
+        except ValueError as error:
+            refused.append((seen, str(error)))
+    assert 400 <= refused[0][0] <= 700
+    assert "51 bad records among" in refused[0][1]
+    assert "more than max_bad_fraction=0.05 allows" in refused[0][1]
+    assert str(path) in refused[0][1]
+    assert "data.loader.max_bad_fraction" in refused[0][1]
+    check_bad_fraction(int(bad[-1]), 3000, 0.15)
+    check_bad_fraction(0, 40, 0.0)
+    with pytest.raises(ValueError, match=r"1 bad records among 40 samples.*the log names them"):
+        check_bad_fraction(1, 40, 0.0)
 
 
 @pytest.mark.parametrize("loader", [INLINE, Loader(threads=2)])
 def test_a_source_of_bad_records_says_so(loader):
     source = Numbers(10, frozenset(range(10)))
-    with pytest.raises(ValueError, match="100 records in a row are bad"):
+    message = r"100 records in a row are bad.*The last, record-\d: cannot be read"
+    with pytest.raises(ValueError, match=message):
         next(train_batches(source, draw, batch_size=2, seed=0, loader=loader))
-    with pytest.raises(ValueError, match="100 records in a row are bad"):
+    with pytest.raises(ValueError, match=message):
         next(eval_batches(source, draw, batch_size=2, loader=loader))
+    with pytest.raises(ValueError, match=message):
+        typical_sample(source, draw)
 
 
 @dataclass
 class Broken(Numbers):
     def __getitem__(self, index: int) -> dict:
-        raise OSError("stale file handle")
+        raise OSError(self.n, "stale file handle")
 
 
-def test_a_failing_disk_is_no_bad_record():
-    with pytest.raises(OSError, match="stale file handle") as caught:
+def test_a_failing_disk_ends_the_run():
+    """By the same rule as a source of bad records: a file more or less is not the end of the run."""
+    with pytest.raises(ValueError, match=r"100 records in a row are bad.*stale file handle"):
         next(train_batches(Broken(10), draw, batch_size=2, seed=0, loader=INLINE))
+
+
+def test_too_many_open_files_are_no_bad_record():
+    with pytest.raises(OSError, match="stale file handle") as caught:
+        next(train_batches(Broken(errno.EMFILE), draw, batch_size=2, seed=0, loader=INLINE))
     assert "record " in caught.value.__notes__[0]
 
 
@@ -298,15 +319,74 @@ def test_a_failing_transform_names_the_record():
     assert "record-" in caught.value.__notes__[0]
 
 
+class Stubborn(Exception):
+    """Cannot be pickled, for the lambda, nor unpickled, for the two arguments."""
+
+    def __init__(self, what, why):
+        super().__init__(f"{what}: {why}")
+        self.remedy = lambda: None
+
+
+@dataclass
+class Failing:
+    """A transform that goes wrong at record 13. Module-level, so that worker processes can unpickle it."""
+
+    kind: str
+
+    def __call__(self, record, rng):
+        if record["value"] == 13:
+            match self.kind:
+                case "unpicklable":
+                    raise Stubborn("oops", "why not")
+                case "the end":
+                    raise StopIteration("oops")
+                case "exit":
+                    sys.exit("oops")
+                case "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+        return draw(record, rng)
+
+
+def until_it_fails(kind: str, loader: Loader) -> tuple[list, BaseException]:
+    """(the batches before the error, the error)"""
+    batches, taken = train_batches(Numbers(40), Failing(kind), batch_size=5, seed=0, loader=loader), []
+    with pytest.raises((Stubborn, RuntimeError)) as caught:
+        deque(map(taken.append, batches))
+    assert list(batches) == []
+    return taken, caught.value
+
+
+@pytest.mark.parametrize("loader", [INLINE, Loader(threads=2)], ids=["inline", "threads"])
+@pytest.mark.parametrize("kind", ["unpicklable", "the end", "exit"])
+def test_any_error_ends_the_stream_at_its_batch(kind, loader):
+    """Also those that Python takes for the end of an iterator, or of the program."""
+    expected = take(train_batches(Numbers(40), draw, batch_size=5, seed=0, steps=8, loader=INLINE))
+    bad = next(i for i, batch in enumerate(expected) if 13 in batch["index"])
+    taken, error = until_it_fails(kind, loader)
+    assert_same(taken, expected[:bad])
+    assert "record 13, key 'record-13'" in str(error)
+    assert "oops" in str(error)
+
+
+def test_any_error_of_a_worker_process_surfaces():
+    _, error = until_it_fails("unpicklable", Loader(threads=1, workers=1))
+    assert "record 13, key 'record-13': Stubborn: oops: why not" in str(error)
+
+
+def test_a_killed_worker_process_surfaces():
+    _, error = until_it_fails("killed", Loader(threads=1, workers=1))
+    assert "terminated unexpectedly with exit code -9" in str(error)
+
+
 def test_an_oserror_of_the_decoder_is_a_bad_record():
     def decode(record, rng):
         if record["value"] == 3:
             raise OSError("broken data stream")
         return {"value": np.asarray(record["value"])}
 
-    batches = train_batches(Numbers(10), decode, batch_size=10, seed=0, steps=2, loader=INLINE)
-    assert 3 not in flat(list(batches))
-    assert batches.bad >= 2
+    batches = take(train_batches(Numbers(10), decode, batch_size=10, seed=0, steps=2, loader=INLINE))
+    assert 3 not in flat(batches)
+    assert flat(batches, "replaced").sum() >= 2
 
 
 # --- evaluation -----------------------------------------------------------------------------------
@@ -343,7 +423,6 @@ def test_bad_records_are_masked_in_evaluation(tmp_path):
     np.testing.assert_array_equal(flat(taken), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9])
     np.testing.assert_array_equal(flat(taken, "mask"), [1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0])
     np.testing.assert_array_equal(flat(taken, "value"), [0, 1, 3, 3, 4, 5, 6, 7, 8, 0, 0, 0])
-    assert batches.bad == 2
     assert len(path.read_text().splitlines()) == 2
 
 
@@ -425,12 +504,12 @@ def test_real_jpegs_from_bytes_to_batches(real_data):
         jpeg, offsets, labels = archive["jpeg"], archive["offsets"], archive["labels"]
     records = [{"image": jpeg[offsets[i] : offsets[i + 1]].tobytes(), "label": int(labels[i])} for i in range(64)]
     records[5]["image"] = records[5]["image"][: len(records[5]["image"]) // 2]
-    batches = train_batches(records, HostTransform(size=32), batch_size=32, seed=0, steps=6, loader=Loader(cache=True))
-    taken = list(batches)
+    loader = Loader(cache=True)
+    taken = take(train_batches(records, HostTransform(size=32), batch_size=32, seed=0, steps=6, loader=loader))
     assert all(batch["image"].shape == (32, 32, 32, 3) for batch in taken)
     np.testing.assert_array_equal(flat(taken, "label"), labels[flat(taken)])
     assert 5 not in flat(taken)
-    assert batches.bad >= 3
+    assert flat(taken, "replaced").sum() >= 3
 
 
 def test_the_end_stays_the_end():

@@ -14,11 +14,10 @@ from bench.peers.measure import Stopwatch, peak_memory
 from configs.simclr import VARIANTS
 from ssljax.config import Experiment, build
 from ssljax.data import Arrays
-from ssljax.mesh import global_batch
 from ssljax.method import Context
 from ssljax.models import ResNet
 from ssljax.rules import leaf_name
-from ssljax.train import Run
+from ssljax.run import Run
 from ssljax.views import View, Views
 
 PROBE = 32  # rows of the batch on which both networks must agree
@@ -93,11 +92,11 @@ def step_seconds(e: Experiment, repeats: int) -> dict[str, float]:
     plain = View(e.data.views.views["x1"].size, crop="none")
     run = Run(replace(e, data=replace(e.data, views=Views({"x1": plain, "x2": plain}))))
     state, step = run.init(), run.compile_step()
-    batch = global_batch(next(run.batches(0)), e.batch_size, run.mesh)
+    batch = run.place(next(run.batches(0)))
     times = []
     for _ in range(repeats + 1):
         watch = Stopwatch()
-        state, _ = jax.block_until_ready(step(state, batch))
+        state, *_ = jax.block_until_ready(step(state, batch))
         times.append(watch.read())
     return {clock: median(t[clock] for t in times[1:]) for clock in ("wall", "cpu")}
 
@@ -131,7 +130,7 @@ def main() -> None:
         step, batches = run.compile_step(), run.batches(0)
         losses = []
         for i in range(args.steps):
-            state, metrics = step(state, global_batch(next(batches), e.batch_size, run.mesh))
+            state, metrics, _ = step(state, run.place(next(batches)))
             losses.append(metrics["loss"])
             if i == 0:
                 jax.block_until_ready(state)

@@ -20,7 +20,7 @@ from ssljax.data.sources import (
     Subset,
 )
 from ssljax.data.spec import parse_source
-from ssljax.data.stream import Batches, Loader, eval_batches, train_batches
+from ssljax.data.stream import Batches, Loader, check_bad_fraction, eval_batches, train_batches, typical_sample
 from ssljax.data.tar import Tar
 from ssljax.data.tokenize import ByteTokenizer, ClipBPE, SentencePiece, Tokenizer, TokenizerFile
 
@@ -48,6 +48,7 @@ __all__ = [
     "Tar",
     "Tokenizer",
     "TokenizerFile",
+    "check_bad_fraction",
     "decode",
     "eval_batches",
     "inspect",
@@ -55,4 +56,5 @@ __all__ = [
     "parse_source",
     "print_summary",
     "train_batches",
+    "typical_sample",
 ]

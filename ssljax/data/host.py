@@ -5,7 +5,6 @@ half a JPEG (one returns nothing, one a grey lower half, one raises), training m
 """
 
 import io
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -17,52 +16,54 @@ from jaxtyping import UInt8
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from ssljax.data.errors import BadSample
+from ssljax.data.headers import Announced, announced
 from ssljax.data.tokenize import Tokenizer
 
 Picture = UInt8[np.ndarray, "h w 3"]
 
 cv2.setNumThreads(0)  # the stream runs one thread a batch; OpenCV's own pool would only fight with those
 
-_JPEG = b"\xff\xd8\xff"
 # Pillow's readers are called directly: `Image.open` tries forty formats on hostile bytes, one of them by Ghostscript.
-_READERS: tuple[tuple[bytes, str, Callable[[io.BytesIO], Image.Image]], ...] = (
-    (b"\x89PNG\r\n\x1a\n", "PNG", PngImagePlugin.PngImageFile),
-    (b"RIFF", "WebP", WebPImagePlugin.WebPImageFile),
-    (b"GIF8", "GIF", GifImagePlugin.GifImageFile),
-    (b"BM", "BMP", BmpImagePlugin.BmpImageFile),
-    (b"II*\0", "TIFF", TiffImagePlugin.TiffImageFile),
-    (b"MM\0*", "TIFF", TiffImagePlugin.TiffImageFile),
-)
+_READERS: Mapping[str, Callable[[io.BytesIO], Image.Image]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WebP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+}
+_STRIPE = 2**20  # pixels converted at a time
 
 
 def decode(image: bytes | np.ndarray, *, max_pixels: int = 64_000_000) -> Picture:
     """The picture as uint8 RGB `[H, W, 3]`.
 
-    Encoded bytes may be JPEG, PNG, WebP, GIF (first frame), BMP or TIFF: grey, palette, 16-bit and CMYK are converted,
-    transparency is laid on white, the EXIF orientation is applied. The size in the header is held against `max_pixels`
-    before a pixel is decoded. Arrays may be `[H, W]` or `[H, W, 1 | 3 | 4]` of uint8, uint16, bool or floats in [0, 1].
+    Encoded bytes may be JPEG, PNG, WebP, GIF, BMP or TIFF, the first frame of each: grey, palette, 16-bit and CMYK are
+    converted, transparency is laid on white, the EXIF orientation is applied. The size in the header is held against
+    `max_pixels`, and against the caps of `ssljax.data.headers`, before a pixel is decoded. Arrays may be `[H, W]` or
+    `[H, W, 1 | 3 | 4]` of uint8, uint16, bool or floats in [0, 1].
 
     Raises:
         BadSample: empty, truncated, corrupt or too large; not an image; an array of another shape, type or range.
     """
     if isinstance(image, np.ndarray):
         return _from_array(image)
+    if not isinstance(image, bytes):
+        raise BadSample(f"'image' is {_what(image)}; expected the bytes of a picture, or an array")
     if not image:
         raise BadSample("0 bytes")
-    if image.startswith(_JPEG):
-        name, read = "JPEG", _decode_jpeg
-    else:
-        name, read = next((name for magic, name, _ in _READERS if image.startswith(magic)), None), _decode_with_pillow
-    if name is None:
-        raise BadSample(f"not an image (starts with {image[:8]!r}); JPEG, PNG, WebP, GIF, BMP and TIFF are read")
+    header = announced(image, max_pixels)
     try:
-        return read(image, max_pixels)
+        # libjpeg-turbo leaves CMYK to us; Pillow knows Adobe's inverted inks
+        plain_jpeg = header.format == "JPEG" and header.channels != 4
+        picture = simplejpeg.decode_jpeg(image, "RGB", strict=True) if plain_jpeg else _decode_with_pillow(header)
     except (BadSample, MemoryError):
         raise
     except Exception as error:  # corrupt bytes make decoders raise anything: OSError, SyntaxError, struct.error
-        text = str(error).lower()
+        text, name = str(error).lower(), header.format
         cut = "truncated" in text or "premature end" in text or (name == "JPEG" and b"\xff\xd9" not in image[-512:])
         raise BadSample(f"truncated {name}" if cut else f"corrupt {name}: {error}") from error
+    return _orient(picture, header.orientation)
 
 
 def fit(image: Picture, size: int) -> UInt8[np.ndarray, "size size 3"]:
@@ -124,8 +125,8 @@ class HostTransform:
     - `label`: int32. Arrays named in `keep` pass as they are. Everything else (`key`, ...) stays behind.
 
     Raises:
-        BadSample: the picture cannot be decoded, or there is no caption.
-        ValueError: the record lacks what the transform was told to read.
+        BadSample: the picture cannot be decoded; there is no caption; a label is no integer; a kept array holds NaN,
+            infinity or no numbers; the record lacks what the transform was told to read.
     """
 
     size: int | None = None
@@ -156,11 +157,9 @@ class HostTransform:
         if self.tokenizer is not None and "text" in record:
             sample["text"] = self.tokenizer(_caption(record["text"], rng))
         if "label" in record:
-            sample["label"] = np.asarray(record["label"], np.int32)
+            sample["label"] = _integers("label", record["label"])
         for name in self.keep:
-            sample[name] = np.asarray(_field(record, name))
-            if sample[name].dtype.kind not in "biufc":
-                raise ValueError(f"keep names {name!r}, a {type(record[name]).__name__}; a batch can only hold numbers")
+            sample[name] = _numbers(name, _field(record, name))
         return sample
 
     def blank(self) -> dict[str, np.ndarray]:
@@ -186,16 +185,47 @@ class HostTransform:
 
 def _field(record: Mapping[str, Any], name: str) -> Any:
     if name not in record:
-        raise ValueError(f"the transform needs {name!r}, but the records of this source have {sorted(record)}")
+        raise BadSample(f"the transform needs {name!r}, but this record has {sorted(record)}")
     return record[name]
 
 
 def _caption(text: str | tuple[str, ...] | list[str], rng: np.random.Generator | None) -> str:
     if isinstance(text, str):
         return text
+    if not isinstance(text, tuple | list | np.ndarray) or not all(isinstance(one, str) for one in text):
+        raise BadSample(f"'text' is {_what(text)}; expected a str, or several")
     if not len(text):
         raise BadSample("no caption")
     return text[0 if rng is None else int(rng.integers(len(text)))]
+
+
+def _numbers(name: str, value: Any) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # rows of unequal length
+        raise BadSample(f"{name!r} is {_what(value)}: {error}") from error
+    if array.dtype.kind not in "biufc":
+        raise BadSample(f"{name!r} is {_what(value)}; a batch can only hold numbers")
+    if array.dtype.kind in "fc" and not (finite := np.isfinite(array)).all():
+        raise BadSample(f"{array.size - finite.sum()} of the {array.size} values of {name!r} are NaN or infinite")
+    return array
+
+
+def _integers(name: str, value: Any) -> np.ndarray:
+    array = _numbers(name, value)
+    if array.dtype.kind in "biu":
+        narrow = array.astype(np.int32)
+        if narrow.tolist() == array.tolist():
+            return narrow
+    raise BadSample(f"{name!r} is {_what(value)}; expected an integer of 32 bits")
+
+
+def _what(value: Any) -> str:
+    """A value in a message: its type, and itself where it is short."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    shown = repr(value) if isinstance(value, str | int | float) else ""
+    return f"{shown[:40]} ({type(value).__name__})" if shown else f"a {type(value).__name__}"
 
 
 def _cut(image: Picture, spec: CropSpec, rng: np.random.Generator | None) -> np.ndarray:
@@ -219,58 +249,24 @@ def _resize(image: np.ndarray, size: int) -> np.ndarray:
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
 
 
-def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray:
-    height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    _check_size(int(width), int(height), max_pixels)
-    if colours in ("CMYK", "YCCK"):  # libjpeg-turbo leaves the conversion to us; Pillow knows Adobe's inverted inks
-        with JpegImagePlugin.JpegImageFile(io.BytesIO(data)) as picture:
-            image = np.asarray(picture.convert("RGB"))
-    else:
-        image = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
-    at = data.find(b"Exif\0\0", 0, 65_536)
-    if at < 4 or data[at - 4 : at - 2] != b"\xff\xe1":
-        return image
-    exif = Image.Exif()
-    try:
-        exif.load(data[at : at + struct.unpack(">H", data[at - 2 : at])[0] - 2])
-        return _orient(image, exif.get(0x0112, 1))
-    except Exception:  # cameras write broken EXIF blocks beside sound pictures
-        return image
-
-
-def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
-    if data.startswith(b"RIFF"):
-        _check_size(*_webp_size(data), max_pixels)  # Pillow's reader allocates its canvas on opening
-    reader = next(reader for magic, _, reader in _READERS if data.startswith(magic))
-    with reader(io.BytesIO(data)) as picture:
-        _check_size(*picture.size, max_pixels)
+def _decode_with_pillow(header: Announced) -> np.ndarray:
+    with _READERS[header.format](io.BytesIO(header.data)) as picture:
         picture.load()
-        orientation = picture.getexif().get(0x0112, 1)
-        if picture.mode.startswith(("I", "F")):  # 16 bits, 32 bits, floats: Pillow's own conversion clips at 255
-            image = _from_array(np.asarray(picture))
-        elif picture.has_transparency_data:
-            image = _on_white(np.asarray(picture.convert("RGBA")))
-        else:
-            image = np.asarray(picture.convert("RGB"))
-    return _orient(image, orientation)
+        width, height = picture.size
+        image = np.empty((height, width, 3), np.uint8)
+        rows = max(1, _STRIPE // width)
+        for top in range(0, height, rows):  # conversions take several times the memory of what they convert
+            stripe = picture.crop((0, top, width, min(height, top + rows)))
+            image[top : top + rows] = _rgb(stripe)
+    return image
 
 
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in the first chunk of a WebP file (RFC 9649, section 2)."""
-    kind = data[8:16]
-    if kind == b"WEBPVP8X":
-        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
-    if kind == b"WEBPVP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    if kind == b"WEBPVP8 ":
-        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
-    raise BadSample(f"not an image (a RIFF file that holds {kind!r})")
-
-
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise BadSample(f"{width}x{height} pixels is over the limit of {max_pixels:,}")
+def _rgb(picture: Image.Image) -> np.ndarray:
+    if picture.mode.startswith(("I", "F")):  # 16 bits, 32 bits, floats: Pillow's own conversion clips at 255
+        return _from_array(np.asarray(picture))
+    if picture.has_transparency_data:
+        return _on_white(np.asarray(picture.convert("RGBA")))
+    return np.asarray(picture.convert("RGB"))
 
 
 def _from_array(image: np.ndarray) -> np.ndarray:
@@ -295,7 +291,10 @@ def _from_array(image: np.ndarray) -> np.ndarray:
 
 def _on_white(rgba: np.ndarray) -> np.ndarray:
     colour, alpha = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)
-    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    mixed = colour * alpha
+    mixed += 255 * (255 - alpha) + 128
+    mixed += mixed >> 8  # with the shift below: division by 255, rounded
+    return (mixed >> 8).astype(np.uint8)
 
 
 def _orient(image: np.ndarray, orientation: int) -> np.ndarray:

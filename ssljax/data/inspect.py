@@ -15,6 +15,7 @@ from ssljax.data.host import decode
 from ssljax.data.sources.base import Record, Source
 
 _TILE, _GAP, _LINE, _LINES = 128, 10, 15, 3  # pixels, pixels, pixels, at most so many lines of text
+_LONGEST = 1_000  # characters of a text that are looked at: fitting it to a tile takes quadratic time
 _PAPER, _INK, _SOFT, _ALARM = (255, 255, 255), (34, 34, 40), (238, 238, 242), (176, 32, 32)
 
 
@@ -161,7 +162,7 @@ def _title(record: Record, classes: tuple[str, ...]) -> str:
 def _wrap(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
     """At most `_LINES` lines of a tile's width; what does not fit ends in an ellipsis."""
     lines: list[str] = []
-    rest = " ".join(text.split())
+    rest = " ".join(text[:_LONGEST].split())
     while rest and len(lines) < _LINES:
         end = len(rest)
         while font.getlength(rest[:end]) > _TILE:

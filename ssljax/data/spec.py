@@ -1,5 +1,6 @@
 """Sources in one word, for the command line: `parse_source("folder:~/pictures")`."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def _scenes(split: Any) -> Scenes:
 
 def _captions(what: str) -> Captions:
     table = expand(what)
-    columns = {name for row in read_table(table)[:100] for name in row}
+    columns = {name for row in itertools.islice(read_table(table), 100) for name in row}
     image = next((name for name in _IMAGE_COLUMNS if name in columns), None)
     text = next((name for name in _TEXT_COLUMNS if name in columns), None)
     if image is None or text is None:

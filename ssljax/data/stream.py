@@ -5,28 +5,26 @@ Position `p` lies in epoch `p // n` and takes its index from that epoch's permut
 starting at step 1,000,000 costs what starting at step 0 costs.
 """
 
-import json
-import logging
 import os
+import pickle
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import grain
 import numpy as np
 from absl import flags
 
-from ssljax.data.errors import BadSample
+from ssljax.data.errors import BadSample, BadSamples, UnreadableIsBad
 from ssljax.data.shuffle import shuffled
 
-log = logging.getLogger(__name__)
-
 Batch = dict[str, np.ndarray]
+Kinds = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # shape and type of each array of a sample
 
 _ATTEMPTS = 100  # records tried in a row before the source is called unusable
 _GRACE = 1_000  # max_bad_fraction is taken of at least so many samples: one bad record of the first ten is no verdict
-_BAD = "_bad"  # number of bad records met while a batch was made: how worker processes tell the main process
+_VOTES = 12  # samples that say what a sample of the source looks like
 _FOREVER = 2**40  # steps
 
 
@@ -55,7 +53,7 @@ class Loader:
     workers: int = 0  # processes, each with `threads` threads; worth it when Python, not decoding, is the bottleneck
     prefetch: int = 8  # batches under way or waiting, per process; at least `threads` of them to keep every thread busy
     cache: bool = False  # keep every record, decoded, in memory (once per process); what is random is still drawn anew
-    max_bad_fraction: float = 0.05  # of the samples this host has seen (at least 1,000); beyond it the run stops
+    max_bad_fraction: float = 0.05  # of all samples so far (at least 1,000); beyond it the run stops
 
     def __post_init__(self):
         if min(self.threads, self.workers) < 0 or self.prefetch < 1:
@@ -65,14 +63,12 @@ class Loader:
 
 
 class Batches(Iterator[Batch]):
-    """The iterator that `train_batches` and `eval_batches` return. `seen` and `bad` count this process's samples.
+    """The iterator that `train_batches` and `eval_batches` return.
 
     `close()` ends its threads and processes, and so do the end of the data and an error; no batch comes after that.
     """
 
     def __init__(self, steps: "_TrainSteps | _EvalSteps", loader: Loader):
-        self.seen = self.bad = 0
-        self._limit, self._log = loader.max_bad_fraction, steps.reader.bad_log
         threads = loader.threads
         reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=loader.prefetch if threads else 0)
         data = grain.MapDataset.source(steps).to_iter_dataset(reading)
@@ -86,20 +82,10 @@ class Batches(Iterator[Batch]):
         if self._batches is None:
             raise StopIteration
         try:
-            batch = next(self._batches)
-            bad = int(batch.pop(_BAD))
-            self.bad += bad
-            self.seen += len(batch["index"])
-            if bad and self.bad > self._limit * max(self.seen, _GRACE):
-                where = f"; they are listed in {self._log}" if self._log else "; the log names them"
-                raise ValueError(
-                    f"{self.bad} bad records among {self.seen} samples: more than max_bad_fraction={self._limit:g}"
-                    f" allows{where}. Repair the data or raise data.loader.max_bad_fraction"
-                )
+            return next(self._batches)
         except BaseException:
             self.close()
             raise
-        return batch
 
     def close(self) -> None:
         if self._batches is not None:
@@ -117,6 +103,7 @@ def train_batches(
     rows: np.ndarray | slice | None = None,
     loader: Loader | None = None,
     steps: int | None = None,
+    like: Mapping[str, Any] | None = None,
     bad_log: str | os.PathLike[str] | None = None,
 ) -> Batches:
     """Shuffled batches: row r of the t-th global batch has position `start + t * batch_size + r`.
@@ -126,22 +113,26 @@ def train_batches(
         start: position of the first sample (samples consumed before, by all processes together).
         rows: the rows of the global batch that this process makes, in order; None for all.
         steps: batches to make; None for no end.
-        bad_log: a local JSON-lines file; one line is appended for each bad record.
+        like: arrays (or anything with `shape` and `dtype`) that every sample must resemble, as `typical_sample` gives;
+            a record of other arrays, shapes or types is bad. None: it is a ValueError.
+        bad_log: a local JSON-lines file; one line is appended for each bad record, once in the life of the file.
+            Batches made ahead count: a record may be listed that the run never comes to.
 
-    A bad record (the source or the transform raises `BadSample`, or the transform OSError) is counted, logged and
-    replaced in place by a record drawn from (seed, position). Every batch has `index` int32 `[rows]`: the record in
-    each row.
+    A bad record (the source or the transform raises `BadSample` or OSError, or see `like`) is listed, and replaced in
+    place by a record drawn from (seed, position). Every batch has `index` int32 `[rows]`, the record in each row, and
+    `replaced` int32 `[rows]`, the number of bad records met before this row was filled.
 
     Raises:
-        ValueError: shapes differ within a batch; too many bad records (`Loader.max_bad_fraction`), or 100 in a row.
-        OSError: the source cannot be read.
+        ValueError: shapes differ within a batch; 100 bad records in a row.
     """
     if seed < 0 or start < 0:
         raise ValueError(f"seed and start must not be negative, got seed={seed}, start={start}")
     loader = loader or Loader()
-    reader = _Reader(source, transform, loader.cache, bad_log)
+    kinds = None if like is None else {name: (tuple(x.shape), np.dtype(x.dtype)) for name, x in like.items()}
+    reader = _Reader(source, transform, loader.cache, kinds)
     length = _FOREVER if steps is None else steps
-    return Batches(_TrainSteps(reader, seed, start, batch_size, _rows(rows, batch_size), length), loader)
+    own = _rows(rows, batch_size)
+    return Batches(_TrainSteps(reader, BadSamples(bad_log), seed, start, batch_size, own, length), loader)
 
 
 def eval_batches(
@@ -159,8 +150,38 @@ def eval_batches(
     hold a neighbour's values, but keep their own `index`). Arguments and errors as in `train_batches`.
     """
     loader = loader or Loader()
-    reader = _Reader(source, transform, loader.cache, bad_log)
-    return Batches(_EvalSteps(reader, batch_size, _rows(rows, batch_size)), loader)
+    reader = _Reader(source, transform, loader.cache)
+    return Batches(_EvalSteps(reader, BadSamples(bad_log), batch_size, _rows(rows, batch_size)), loader)
+
+
+def typical_sample(source: Records, transform: Transform) -> Batch:
+    """A sample of the shapes and types that two thirds of the first twelve samples of a training stream share.
+
+    Every process that reads the same files finds the same.
+
+    Raises:
+        ValueError: fewer of them agree.
+    """
+    steps = _TrainSteps(_Reader(source, transform), None, 0, 0, _VOTES, np.arange(_VOTES), 1)
+    samples, indices, _ = steps.read(0)
+    found = [tuple(sorted(_kinds(sample).items())) for sample in samples]
+    kind, votes = Counter(found).most_common(1)[0]
+    if 3 * votes < 2 * _VOTES:
+        _check_alike(samples, indices)  # raises
+    return samples[found.index(kind)]
+
+
+def check_bad_fraction(bad: int, seen: int, limit: float, bad_log: str | os.PathLike[str] | None = None) -> None:
+    """Raises ValueError if `bad` records among `seen` samples are more than the share `limit` of at least 1,000.
+
+    To be called with the counts of all processes, so that all stop together.
+    """
+    if bad > limit * max(seen, _GRACE):
+        where = f"; they are listed in {os.fspath(bad_log)}" if bad_log else "; the log names them"
+        raise ValueError(
+            f"{bad:,} bad records among {seen:,} samples: more than max_bad_fraction={limit:g} allows{where}. "
+            "Repair the data or raise data.loader.max_bad_fraction"
+        )
 
 
 def _rows(rows: np.ndarray | slice | None, batch_size: int) -> np.ndarray:
@@ -171,49 +192,38 @@ def _rows(rows: np.ndarray | slice | None, batch_size: int) -> np.ndarray:
 
 
 class _Reader:
-    """One sample at a time, and what is to be done about bad ones. Travels to worker processes."""
+    """One sample at a time. Travels to worker processes."""
 
-    def __init__(self, source: Records, transform: Transform, cache: bool, bad_log: str | os.PathLike[str] | None):
+    def __init__(self, source: Records, transform: Transform, cache: bool = False, kinds: Kinds | None = None):
         if not 0 < len(source) < 2**31:
             raise ValueError(f"the source has {len(source)} records; a stream needs at least 1 and fewer than 2^31")
-        self.source, self.transform, self.bad_log = source, transform, bad_log
+        self.source, self.transform, self.kinds = source, transform, kinds
         self.prepare = getattr(transform, "prepare", dict)
         self.cache: dict[int, Mapping[str, Any]] | None = {} if cache else None
-        self.reported: set[int] = set()
-        if bad_log is not None:
-            Path(bad_log).parent.mkdir(parents=True, exist_ok=True)
 
-    def sample(self, index: int, rng: np.random.Generator | None) -> Batch | None:
-        """The sample, or None where the record is bad."""
+    def sample(self, index: int, rng: np.random.Generator | None) -> Batch:
+        """Raises BadSample, with its key, for a bad record. Every other error names the record as well."""
         record: Mapping[str, Any] = {}
         cache = self.cache
         try:
-            record = self.source[index] if cache is None or index not in cache else cache[index]
-            try:
+            with UnreadableIsBad():
+                record = self.source[index] if cache is None or index not in cache else cache[index]
                 if cache is not None and index not in cache:
                     record = cache[index] = self.prepare(record)
-                return self.transform(record, rng)
-            except OSError as error:  # the decoder's; from the source it means a failing disk, and ends the run
-                raise BadSample(str(error)) from error
+                sample = self.transform(record, rng)
+            if self.kinds is not None:
+                _check_kinds(sample, self.kinds)
+            return sample
         except BadSample as error:
-            self.report(index, record.get("key", index) if error.key is None else error.key, str(error))
-            return None
-        except Exception as error:
-            error.add_note(f"record {index}, key {record.get('key', '(none)')!r}")
+            if error.key is None:
+                error.key = record.get("key", index)
             raise
-
-    def report(self, index: int, key: str | int, reason: str) -> None:
-        if index in self.reported:
-            return
-        self.reported.add(index)
-        log.warning("bad record %d (%s): %s", index, key, reason)
-        if self.bad_log is not None:
-            line = json.dumps({"index": index, "key": key, "reason": reason}) + "\n"
-            file = os.open(self.bad_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                os.write(file, line.encode())  # one write in append mode: lines of several processes do not mix
-            finally:
-                os.close(file)
+        except (Exception, SystemExit) as error:
+            note = f"record {index}, key {record.get('key', '(none)')!r}"
+            error.add_note(note)
+            if _travels(error):
+                raise
+            raise RuntimeError(f"{note}: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -221,6 +231,7 @@ class _TrainSteps:
     """Step -> batch. Whole batches are grain's elements, which keeps its cost per element off the samples."""
 
     reader: _Reader
+    bad: BadSamples | None
     seed: int
     start: int
     batch_size: int
@@ -231,26 +242,36 @@ class _TrainSteps:
         return self.steps
 
     def __getitem__(self, index: int) -> Batch:
+        samples, picks, replaced = self.read(index)
+        if self.reader.kinds is None:
+            _check_alike(samples, picks)
+        return {**_stack(samples), "index": np.array(picks, np.int32), "replaced": np.array(replaced, np.int32)}
+
+    def read(self, step: int) -> tuple[list[Batch], list[int], list[int]]:
+        """Of each row: its sample, the index of its record, and the number of bad records met before it."""
+        positions = self.start + step * self.batch_size + self.rows
+        picks, rng = shuffled(positions, len(self.reader.source), self.seed).tolist(), _SampleRng(self.seed)
+        rows = [self._fill(position, pick, rng) for position, pick in zip(positions.tolist(), picks, strict=True)]
+        samples, picks, replaced = map(list, zip(*rows, strict=True))
+        return samples, picks, replaced
+
+    def _fill(self, position: int, index: int, rng: "_SampleRng") -> tuple[Batch, int, int]:
         n = len(self.reader.source)
-        positions = self.start + index * self.batch_size + self.rows
-        rng = _SampleRng(self.seed)
-        samples, picks, bad = [], shuffled(positions, n, self.seed).tolist(), 0
-        for row, position in enumerate(positions.tolist()):
-            for attempt in range(_ATTEMPTS):
-                sample = self.reader.sample(picks[row], rng.at(position // n, picks[row]))
-                if sample is not None:
-                    break
-                bad += 1
-                picks[row] = int(np.random.default_rng((self.seed, position, attempt)).integers(n))
-            else:
-                raise _all_bad(self.reader)
-            samples.append(sample)
-        return {**_stack(samples, picks), "index": np.array(picks, np.int32), _BAD: np.array(bad)}
+        for attempt in range(_ATTEMPTS):
+            try:
+                return self.reader.sample(index, rng.at(position // n, index)), index, attempt
+            except BadSample as error:
+                if self.bad is not None:
+                    self.bad.add(index, error)
+                last = error
+            index = int(np.random.default_rng((self.seed, position, attempt)).integers(n))
+        raise _all_bad(last)
 
 
 @dataclass(frozen=True)
 class _EvalSteps:
     reader: _Reader
+    bad: BadSamples
     batch_size: int
     rows: np.ndarray
 
@@ -262,19 +283,23 @@ class _EvalSteps:
         positions = index * self.batch_size + self.rows
         picks = np.minimum(positions, n - 1).astype(np.int32)
         mask = positions < n
-        samples, bad = [], 0
-        for row in range(len(np.unique(picks))):  # each record once; the padding repeats the last
-            for attempt in range(_ATTEMPTS):
-                sample = self.reader.sample((int(picks[row]) + attempt) % n, None)
-                if sample is not None:
-                    break
-                if attempt == 0 and mask[row]:
-                    mask[row], bad = False, bad + 1
-            else:
-                raise _all_bad(self.reader)
-            samples.append(sample)
+        # Each record once; the padding repeats the last.
+        samples = [self._read(row, picks, mask) for row in range(len(np.unique(picks)))]
         samples += [samples[-1]] * (len(picks) - len(samples))
-        return {**_stack(samples, picks), "index": picks, "mask": mask, _BAD: np.array(bad)}
+        _check_alike(samples, picks)
+        return {**_stack(samples), "index": picks, "mask": mask}
+
+    def _read(self, row: int, picks: np.ndarray, mask: np.ndarray) -> Batch:
+        """The sample of this row, or the next good one, and then the row is masked."""
+        n = len(self.reader.source)
+        for attempt in range(_ATTEMPTS):
+            index = (int(picks[row]) + attempt) % n
+            try:
+                return self.reader.sample(index, None)
+            except BadSample as error:
+                self.bad.add(index, error)
+                mask[row], last = False, error
+        raise _all_bad(last)
 
 
 class _SampleRng:
@@ -291,21 +316,57 @@ class _SampleRng:
         return self.generator
 
 
-def _all_bad(reader: _Reader) -> ValueError:
-    where = f"see {reader.bad_log}" if reader.bad_log else "see the log"
-    return ValueError(f"{_ATTEMPTS} records in a row are bad ({where}): this transform cannot read this source")
+def _all_bad(last: BadSample) -> ValueError:
+    return ValueError(
+        f"{_ATTEMPTS} records in a row are bad: this transform cannot read this source. The last, {last.key}: {last}"
+    )
 
 
-def _stack(samples: Sequence[Batch], indices: Sequence[int] | np.ndarray) -> Batch:
-    first = samples[0]
+def _travels(error: BaseException) -> bool:
+    """Whether an error comes back from threads and worker processes as it is, and does not pass for the end."""
+    if isinstance(error, StopIteration | SystemExit):
+        return False
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return type(copy) is type(error) and str(copy) == str(error) and copy.__notes__ == error.__notes__
+
+
+def _kinds(sample: Batch) -> Kinds:
+    return {name: (x.shape, x.dtype) for name, x in sample.items()}
+
+
+def _check_kinds(sample: Batch, expected: Kinds) -> None:
+    found = _kinds(sample)
+    for name in (*expected, *found) if found != expected else ():
+        if found.get(name) != expected.get(name):
+            raise BadSample(
+                f"{name!r} is {_kind(found, name)}, but {_kind(expected, name)} in this run{_hint(found, name)}"
+            )
+
+
+def _kind(kinds: Kinds, name: str) -> str:
+    return f"{kinds[name][1]}{list(kinds[name][0])}" if name in kinds else "missing"
+
+
+def _hint(kinds: Kinds, name: str) -> str:
+    return " (set data.size to fit every image to it)" if name in kinds and len(kinds[name][0]) >= 3 else ""
+
+
+def _check_alike(samples: Sequence[Batch], indices: Sequence[int] | np.ndarray) -> None:
+    first = _kinds(samples[0])
     for index, sample in zip(indices, samples, strict=True):
-        if sample.keys() != first.keys():
-            raise ValueError(f"record {indices[0]} gives {sorted(first)}, but record {index} gives {sorted(sample)}")
-        for name, value in sample.items():
-            if value.shape != first[name].shape or value.dtype != first[name].dtype:
+        kinds = _kinds(sample)
+        if kinds.keys() != first.keys():
+            raise ValueError(f"record {indices[0]} gives {sorted(first)}, but record {index} gives {sorted(kinds)}")
+        for name in first:
+            if kinds[name] != first[name]:
                 raise ValueError(
-                    f"{name!r} is {first[name].dtype}{list(first[name].shape)} for record {indices[0]}, but "
-                    f"{value.dtype}{list(value.shape)} for record {index}: a batch needs one shape"
-                    + (" (set data.size to fit every image to it)" if value.ndim >= 3 else "")
+                    f"{name!r} is {_kind(first, name)} for record {indices[0]}, but {_kind(kinds, name)} for record "
+                    f"{index}: a batch needs one shape{_hint(kinds, name)}"
                 )
-    return {name: np.stack([sample[name] for sample in samples]) for name in first}
+
+
+def _stack(samples: Sequence[Batch]) -> Batch:
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}

@@ -6,11 +6,9 @@ are never extracted: their names are only names.
 """
 
 import hashlib
-import json
 import os
 import tarfile
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,15 +16,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ssljax.data.errors import BadSample
-from ssljax.data.sources.base import OpenFiles, Record, check_index, expand_files, extension
+from ssljax.bounded import parse_json, read_npz
+from ssljax.data.errors import BadSample, UnreadableIsBad
+from ssljax.data.sources.base import Missing, OpenFiles, Record, check_index, expand_files, extension
+from ssljax.data.tar_headers import Member, read_members
 
 FIELDS: Mapping[str, str] = {
     "jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "cls": "label", "txt": "text", "json": "json",
 }  # fmt: skip
 """Extension of a member -> key in the record. `json` spreads an object's str, int and float entries over the record."""
 
-_VERSION = 1  # of the index file
+_VERSION = 2  # of the index file
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,25 @@ class TarIndex:
     names: tuple[str, ...]
     offsets: np.ndarray  # int64 [m], of the content
     sizes: np.ndarray  # int64 [m]
+    damage: str = ""  # why there are no more of them, if the shard is not whole
 
 
-def tar_index(path: Path) -> TarIndex:
-    """The index of one shard, from its cache if that is up to date.
+def tar_index(path: Path, missing: Missing = "error") -> TarIndex:
+    """The index of one shard, from its cache if that is up to date. With `drop`, a damaged shard has its whole files.
 
     Raises:
         ValueError: the file is empty, truncated, compressed or no tar, or has a link, a device or an unsafe name
         inside.
     """
+    index = _cached_index(path)
+    if index.damage and missing == "error":
+        raise ValueError(
+            f"{path} is {index.damage}; copy or download it again, or set missing='drop' to use what can be read"
+        )
+    return index
+
+
+def _cached_index(path: Path) -> TarIndex:
     status = path.stat()
     stamp = np.array([_VERSION, status.st_size, status.st_mtime_ns], np.int64)
     beside = path.with_name(path.name + ".index.npz")
@@ -54,18 +64,18 @@ def tar_index(path: Path) -> TarIndex:
     for cache in (beside, at_home):
         if (index := _read_cache(cache, stamp)) is not None:
             return index
-    index = _scan(path, status.st_size)
+    index = _scan(path)
     for cache in (beside, at_home):
         if _write_cache(cache, stamp, index):
             break
     return index
 
 
-def _scan(path: Path, size: int) -> TarIndex:
+def _scan(path: Path) -> TarIndex:
     with open(path, "rb") as file:
         magic = file.read(6)
         if not magic:
-            raise ValueError(f"{path} is empty (0 bytes); the copy or download did not finish")
+            return TarIndex((), np.zeros(0, np.int64), np.zeros(0, np.int64), "empty (0 bytes)")
         if (
             magic[:2] == b"\x1f\x8b"
             or magic[:3] == b"BZh"
@@ -76,57 +86,57 @@ def _scan(path: Path, size: int) -> TarIndex:
                 f"{path} is compressed, so its members cannot be read by offset; pictures are compressed already, so "
                 "unpack it once (for example `gunzip`) and give the .tar"
             )
-        names, offsets, sizes = [], [], []
-        file.seek(0)
+        names, offsets, sizes, damage = [], [], [], ""
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    _refuse_unsafe(member, path)
-                    if member.isreg():
-                        names.append(member.name.removeprefix("./"))
-                        offsets.append(member.offset_data)
-                        sizes.append(member.size)
-                end = tar.offset
+            for member in read_members(file):
+                _refuse_unsafe(member, path)
+                if member.kind == b"0":
+                    names.append(member.name.removeprefix("./"))
+                    offsets.append(member.offset)
+                    sizes.append(member.size)
         except tarfile.TarError as error:
-            raise ValueError(f"{path} is truncated or not a tar file ({error}); copy or download it again") from error
-        # tarfile takes a damaged header for the end, and a cut between two members goes unnoticed without this check
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            raise ValueError(
-                f"{path} is truncated: no end mark after its member {len(names)} (byte {end} of {size}); copy or "
-                "download it again"
-            )
-    if not names:
+            damage = f"truncated or not a tar file ({error})"
+    if not names and not damage:
         raise ValueError(f"{path} has no files inside")
-    return TarIndex(tuple(names), np.array(offsets, np.int64), np.array(sizes, np.int64))
+    return TarIndex(tuple(names), np.array(offsets, np.int64), np.array(sizes, np.int64), damage)
 
 
-def _refuse_unsafe(member: tarfile.TarInfo, path: Path) -> None:
-    if member.name.startswith("/") or ".." in member.name.split("/"):
+def _refuse_unsafe(member: Member, path: Path) -> None:
+    if _is_unsafe(member.name):
         raise ValueError(
             f"{path} has a member named {member.name!r}; absolute names and '..' are refused. Write the tar again"
         )
-    if not (member.isreg() or member.isdir()):
+    if member.kind not in (b"0", b"5"):
         raise ValueError(
             f"{path} has a link or device inside: {member.name!r}; only plain files are read. Write the tar again with "
             "links followed (`tar --dereference --hard-dereference`)"
         )
 
 
+def _is_unsafe(name: str) -> bool:
+    return name.startswith("/") or "\0" in name or ".." in name.split("/")
+
+
 def _read_cache(cache: Path, stamp: np.ndarray) -> TarIndex | None:
+    """The saved index. It is believed no more than the shard is: it may name nothing outside of it."""
+    size = int(stamp[1])
     try:
-        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as saved:
-            if not np.array_equal(saved["stamp"], stamp):
-                return None
-            names = tuple(saved["names"].tobytes().decode().split("\0"))
-            index = TarIndex(names, saved["offsets"], saved["sizes"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        saved = read_npz(cache, most=2**16 + size)  # each member has 512 bytes of header in the shard, and its name
+        if not np.array_equal(saved["stamp"], stamp):
+            return None
+        offsets, sizes = saved["offsets"], saved["sizes"]
+        names, damage = (saved[name].tobytes().decode() for name in ("names", "damage"))
+    except (OSError, ValueError, KeyError):
         return None  # not there, or unreadable: the shard itself is the truth
-    return index if len(index.names) == len(index.offsets) == len(index.sizes) else None
+    names = tuple(names.split("\0")) if len(offsets) else ()
+    inside = all(x.dtype == np.int64 and x.shape == (len(names),) and (x >= 0).all() for x in (offsets, sizes))
+    if not inside or (offsets > size).any() or (sizes > size - offsets).any() or any(map(_is_unsafe, names)):
+        return None
+    return TarIndex(names, offsets, sizes, damage)
 
 
 def _write_cache(cache: Path, stamp: np.ndarray, index: TarIndex) -> bool:
-    names = np.frombuffer("\0".join(index.names).encode(), np.uint8)
+    names, damage = (np.frombuffer(text.encode(), np.uint8) for text in ("\0".join(index.names), index.damage))
     temporary = None
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +144,7 @@ def _write_cache(cache: Path, stamp: np.ndarray, index: TarIndex) -> bool:
             return False  # marked read-only: root could write here all the same, but is not meant to
         with tempfile.NamedTemporaryFile(dir=cache.parent, prefix=".index-", delete=False) as file:
             temporary = file.name
-            np.savez(file, stamp=stamp, names=names, offsets=index.offsets, sizes=index.sizes)
+            np.savez(file, stamp=stamp, names=names, offsets=index.offsets, sizes=index.sizes, damage=damage)
         os.chmod(temporary, 0o644)
         os.replace(temporary, cache)  # other processes see the old index or the new one, never a half
     except OSError:
@@ -158,13 +168,14 @@ class Tar:
 
     path: str
     fields: Mapping[str, str] = field(default_factory=dict)  # extension -> key, beside and before the usual ones
+    missing: Missing = "error"  # of shards of a range, and of the end of truncated ones; drop: see `base.Missing`
 
     def __post_init__(self) -> None:
         _ = self._samples
 
     @cached_property
     def _shards(self) -> tuple[Path, ...]:
-        return expand_files(self.path, "tar shard")
+        return expand_files(self.path, "tar shard", self.missing)
 
     @cached_property
     def _files(self) -> OpenFiles:
@@ -172,7 +183,7 @@ class Tar:
 
     @cached_property
     def _samples(self) -> "_Samples":
-        return _group(self._shards, {**FIELDS, **self.fields})
+        return _group(self._shards, {**FIELDS, **self.fields}, self.missing)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -188,20 +199,23 @@ class Tar:
         if (folders := self._samples.folders) is None:
             return None
         number = {name: i for i, name in enumerate(self.classes)}
-        return np.array([number[folder] for folder in folders], np.int32)
+        return np.array([number[folder] for folder in folders] + [-1] * len(self._samples.lost), np.int32)
 
     def __len__(self) -> int:
-        return len(self._samples.keys)
+        return len(self._samples.keys) + len(self._samples.lost)
 
     def __getitem__(self, index: int) -> Record:
         samples, i = self._samples, check_index(index, len(self))
+        if i >= len(samples.keys):
+            raise BadSample(*samples.lost[i - len(samples.keys)])
         key, shard = samples.keys[i], self._shards[samples.shard[i]]
         record: Record = {}
         if self.labels is not None:
             record["label"] = int(self.labels[i])
         for m in range(samples.first[i], samples.first[i + 1]):
             size = int(samples.sizes[m])
-            content = self._files.read(shard, int(samples.offsets[m]), size)
+            with UnreadableIsBad(key):
+                content = self._files.read(shard, int(samples.offsets[m]), size)
             if len(content) != size:
                 raise BadSample(f"{key} in {shard}: the file is shorter than when it was indexed", key)
             name = samples.fields[samples.field_of[m]]
@@ -220,7 +234,7 @@ def _parse(name: str, content: bytes, key: str, shard: Path) -> Record:
             return {name: int(text)}
         if name == "text":
             return {name: text.strip()}
-        entries = json.loads(text)
+        entries = parse_json(text)
         if not isinstance(entries, dict):
             raise ValueError("the JSON is not an object")
     except ValueError as error:
@@ -240,9 +254,10 @@ class _Samples:
     field_of: np.ndarray  # [m], index into fields
     fields: tuple[str, ...]
     folders: tuple[str, ...] | None  # [n] when folders are classes
+    lost: tuple[tuple[str, str], ...]  # (why, name) of shards that are missing or not whole
 
 
-def _group(shards: tuple[Path, ...], fields: Mapping[str, str]) -> _Samples:
+def _group(shards: tuple[Path, ...], fields: Mapping[str, str], missing: Missing) -> _Samples:
     names_of_fields = tuple(dict.fromkeys(fields.values()))
     number = {name: i for i, name in enumerate(names_of_fields)}
     keys: list[str] = []
@@ -250,8 +265,15 @@ def _group(shards: tuple[Path, ...], fields: Mapping[str, str]) -> _Samples:
     counts: list[int] = []
     columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     unknown: set[str] = set()
+    damaged: list[tuple[str, str]] = []
     for s, shard in enumerate(shards):
-        index = tar_index(shard)
+        try:
+            index = tar_index(shard, missing)
+        except OSError as error:
+            if missing == "error":
+                raise
+            damaged.append((f"the shard {shard} is missing: {error}", shard.name))
+            continue
         members: dict[str, dict[int, int]] = {}
         others: dict[str, str] = {}
         for m, name in enumerate(index.names):
@@ -277,12 +299,18 @@ def _group(shards: tuple[Path, ...], fields: Mapping[str, str]) -> _Samples:
                 f"and all that follows is the extension; known are {', '.join(fields)}. Rename it, or name its "
                 f"extension in fields={{...}}"
             )
+        if index.damage:
+            damaged.append((f"the shard {shard} is {index.damage}", shard.name))
+            if len(members) > 1 and members[(last := list(members)[-1])].keys() != next(iter(members.values())).keys():
+                del members[last]  # the rest of it is lost
         unknown |= {name.rpartition("/")[2].partition(".")[2] for name in others.values()}
         keys += members
         shard_of += [s] * len(members)
         counts += [len(sample) for sample in members.values()]
         flat = np.array([(m, f) for sample in members.values() for f, m in sample.items()], np.int64).reshape(-1, 2)
         columns.append((index.offsets[flat[:, 0]], index.sizes[flat[:, 0]], flat[:, 1].astype(np.int16)))
+    if not keys and damaged:
+        raise ValueError(f"no sample is left: {'; '.join(reason for reason, _ in damaged[:3])}")
     if not keys:
         raise ValueError(
             f"no member of {', '.join(map(str, shards[:3]))} has a known extension ({', '.join(fields)}); found are "
@@ -299,6 +327,7 @@ def _group(shards: tuple[Path, ...], fields: Mapping[str, str]) -> _Samples:
         field_of=field_of,
         fields=names_of_fields,
         folders=None if given & {"label", "json"} else _class_folders(keys),
+        lost=tuple(damaged),
     )
 
 

@@ -4,27 +4,36 @@ Every tokeniser is `(text) -> int32 [length]` with `vocab_size`, `eos_id`, `pad_
 One `eos_id` closes the text, also where it was cut; zeros follow. Files are read on first use.
 """
 
+import base64
 import gzip
 import html
-import json
+import io
 import re
 import unicodedata
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int32
+
+from ssljax.bounded import LARGEST_JSON, parse_json, read_file
+from ssljax.data.errors import BadSample
+
+T = TypeVar("T")
 
 Ids = Int32[np.ndarray, "length"]
 
 _CLIP_SIZE = 49_408  # entries: 2 * 256 characters, as many merges as fit (the published list is longer), two marks
 _CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
 _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-_LARGEST_FILE = 64 * 2**20  # bytes of vocabulary, unpacked; CLIP's has 3 MiB
+_LARGEST_FILE = 64 * 2**20  # bytes of a vocabulary; the largest in use have 33 MiB
+_LARGEST_MERGES = 4 * 2**20  # bytes of a list of merges, unpacked; CLIP's has 3 MiB
+_READ = 64  # characters of a text that are read for each token of `length`: normalising is quadratic in some texts
 
 
 def _layout(ids: Sequence[int], eos_id: int, length: int) -> Ids:
@@ -32,6 +41,15 @@ def _layout(ids: Sequence[int], eos_id: int, length: int) -> Ids:
     kept = [*ids[: length - 1], eos_id]
     out[: len(kept)] = kept
     return out
+
+
+def _tokens(encode: Callable[[str], T], text: str, length: int) -> T:
+    try:
+        return encode(text[: _READ * length])
+    except BaseException as error:  # the regular expressions of a tokenizer.json end in a panic, which is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        raise BadSample(f"the tokenizer cannot encode {text[:40]!r}: {error}") from error
 
 
 def _until_end(ids: Sequence[int] | np.ndarray, eos_id: int) -> list[int]:
@@ -77,7 +95,8 @@ class ByteTokenizer:
         _check_length(self.length, 3)
 
     def __call__(self, text: str) -> Ids:
-        return _layout([1, *(byte + 2 for byte in text.encode("utf-8", "replace"))], self.eos_id, self.length)
+        start = text[: self.length].encode("utf-8", "replace")
+        return _layout([1, *(byte + 2 for byte in start)], self.eos_id, self.length)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return bytes(i - 2 for i in _until_end(ids, self.eos_id) if 2 <= i < 258).decode("utf-8", "ignore")
@@ -107,15 +126,23 @@ class ClipBPE:
             characters = _byte_characters()
             words = [*characters, *(c + "</w>" for c in characters), *(a + b for a, b in merges)]
             return {word: i for i, word in enumerate([*words, _CLIP_START, _CLIP_END])}, merges
-        vocab = json.loads(path.read_text("utf-8"))
+        try:
+            vocab = parse_json(read_file(path, LARGEST_JSON))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a vocab.json: {error}") from error
         if not isinstance(vocab, dict) or not {_CLIP_START, _CLIP_END} <= vocab.keys():
             raise ValueError(f"{path} is not CLIP's vocab.json: it must give ids to {_CLIP_START!r} and {_CLIP_END!r}")
+        if {id for id in vocab.values() if type(id) is int} != set(range(len(vocab))):
+            raise ValueError(f"{path} is not CLIP's vocab.json: its ids must be 0 to {len(vocab) - 1}, each once")
         return vocab, _read_merges(_existing(str(path.with_name("merges.txt")), "ClipBPE, beside vocab.json"))
 
     @cached_property
     def _bpe(self) -> tokenizers.Tokenizer:
         vocab, merges = self._vocab_and_merges
-        model = tokenizers.models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>", unk_token=_CLIP_END)
+        try:
+            model = tokenizers.models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>", unk_token=_CLIP_END)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{self.vocab_path} and its merges do not fit: {error}") from error
         bpe = tokenizers.Tokenizer(model)
         words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True)
         to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -136,10 +163,12 @@ class ClipBPE:
         return self._vocab_and_merges[0][_CLIP_END]
 
     def __call__(self, text: str) -> Ids:
+        return _layout([self.bos_id, *_tokens(self._encode, text, self.length)], self.eos_id, self.length)
+
+    def _encode(self, text: str) -> list[int]:
         clean = html.unescape(html.unescape(unicodedata.normalize("NFC", text)))
         clean = re.sub(r"\s+", " ", clean).strip().lower()
-        ids = self._bpe.encode(clean, add_special_tokens=False).ids
-        return _layout([self.bos_id, *ids], self.eos_id, self.length)
+        return self._bpe.encode(clean, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         text = self._bpe.decode([i for i in _until_end(ids, self.eos_id) if i != self.bos_id])
@@ -155,15 +184,16 @@ def _byte_characters() -> list[str]:
 def _read_merges(path: Path) -> list[tuple[str, str]]:
     """Pairs in their order; a first line that starts with `#version` or a quotation mark is a heading."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            data = file.read(_LARGEST_FILE + 1)
-        if len(data) > _LARGEST_FILE:
-            raise ValueError(f"it unpacks to more than {_LARGEST_FILE >> 20} MiB")
+        data = read_file(path, _LARGEST_MERGES)
+        if path.suffix == ".gz":
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(_LARGEST_MERGES + 1)
+            if len(data) > _LARGEST_MERGES:
+                raise ValueError(f"it unpacks to more than {_LARGEST_MERGES >> 20} MiB")
         lines = data.decode("utf-8").strip().split("\n")
         merges = [tuple(line.split()) for line in lines[lines[0].startswith(('"', "#version")) :]]
         if not merges or any(len(pair) != 2 for pair in merges):
             raise ValueError("every line must hold two tokens")
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a list of BPE merges: {error}") from error
     return merges  # type: ignore[return-value]
 
@@ -185,8 +215,8 @@ class SentencePiece:
 
         path = _existing(self.model_path, "SentencePiece")
         try:
-            model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except RuntimeError as error:
+            model = sentencepiece.SentencePieceProcessor(model_proto=read_file(path, _LARGEST_FILE))
+        except (RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is not a SentencePiece model: {error}") from error
         if model.eos_id() < 0:
             raise ValueError(f"{path} has no end-of-sentence piece; train the model with one (--eos_id)")
@@ -201,10 +231,20 @@ class SentencePiece:
         return self._model.eos_id()
 
     def __call__(self, text: str) -> Ids:
-        return _layout(self._model.encode(text), self.eos_id, self.length)
+        return _layout(_tokens(self._model.encode, text, self.length), self.eos_id, self.length)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._model.decode(_until_end(ids, self.eos_id))
+
+
+def _check_charsmaps(data: bytes) -> None:
+    """Raises ValueError where a SentencePiece normaliser is shorter than its first four bytes say: the library takes
+    them for the size of an allocation, and where that fails it aborts the process."""
+    plain = re.sub(rb"\\u00([2-7][0-9a-fA-F])", lambda match: bytes.fromhex(match[1].decode()), data)
+    for match in re.finditer(rb'"precompiled_charsmap"\s*:\s*(?:null|"([^"]*)"|)', plain):
+        charsmap = base64.b64decode(match[1] or b"", validate=True)
+        if not match[0].endswith(b"null") and int.from_bytes(charsmap[:4], "little") + 4 > len(charsmap):
+            raise ValueError("its precompiled_charsmap is cut")
 
 
 @dataclass(frozen=True)
@@ -223,7 +263,9 @@ class TokenizerFile:
     def _tokenizer(self) -> tokenizers.Tokenizer:
         path = _existing(self.path, "TokenizerFile")
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            data = read_file(path, _LARGEST_FILE)
+            _check_charsmaps(data)
+            tokenizer = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
         tokenizer.no_truncation()
@@ -242,7 +284,8 @@ class TokenizerFile:
         return self._tokenizer.token_to_id(self.eos)  # type: ignore[return-value]  # `_tokenizer` has checked it
 
     def __call__(self, text: str) -> Ids:
-        return _layout(_until_end(self._tokenizer.encode(text).ids, self.eos_id), self.eos_id, self.length)
+        ids = _tokens(self._tokenizer.encode, text, self.length).ids
+        return _layout(_until_end(ids, self.eos_id), self.eos_id, self.length)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode(_until_end(ids, self.eos_id))

@@ -1,6 +1,5 @@
 """One HTML page of a run, complete in one file, to send to somebody: figures, curves, diagnostics, pictures, config."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -9,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from ssljax.api import Pretrained, load
+from ssljax.bounded import parse_json
 from ssljax.checkpoint import CheckpointError, CheckpointStore
 from ssljax.config import TYPES, ConfigError
 from ssljax.data import Source
@@ -38,7 +38,8 @@ def write_report(
       types: classes of your own that the run's config names, by class name.
 
     Raises:
-      FileNotFoundError: there is no `metrics.jsonl` in `workdir`. ValueError, OSError: `source` cannot be opened.
+      FileNotFoundError: there is no `metrics.jsonl` in `workdir`. ValueError: it or `config.json` is damaged.
+        ValueError, OSError: `source` cannot be opened.
     """
     workdir = epath.Path(workdir)
     types = dict(types or {})
@@ -46,7 +47,8 @@ def write_report(
     config = _config(workdir)
     measured = figures([workdir])
     parameters = path.read_text() if (path := workdir / "parameters.txt").exists() else ""
-    method = config.get("method", {}).get("type", "Run")
+    named = config.get("method")
+    method = str(named.get("type", "Run") if isinstance(named, Mapping) else "Run")
     paper = getattr({**TYPES, **types}.get(method), "paper", "")
     shown = None if source is None else open_source(config, source, types)  # a wrong one raises
     page = document(
@@ -107,9 +109,15 @@ def _config(workdir: epath.Path) -> dict[str, Any]:
     """The resolved config of a run; empty where nothing tells it."""
     path = workdir / "config.json"
     if path.exists():
-        return json.loads(path.read_text())
+        try:
+            config = parse_json(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} is damaged: it is not a JSON object")
+        return config
     try:
-        with CheckpointStore(workdir) as store:
-            return store.metadata()[1]["config"]
+        store = CheckpointStore(workdir)
+        return store.newest_good(store.record, log.warning).metadata["config"]
     except CheckpointError:
         return {}

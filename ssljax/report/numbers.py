@@ -15,12 +15,13 @@ import numpy as np
 from etils import epath
 
 import ssljax
+from ssljax.bounded import parse_json, read_lines
 from ssljax.config import build
 from ssljax.describe import flatten
 from ssljax.optim import Optim
 from ssljax.report.charts import Line, line_chart
 from ssljax.report.health import curve, verdict
-from ssljax.report.page import Html, el, join, lead, section, table
+from ssljax.report.page import Html, el, join, lead, section, short_text, table
 from ssljax.summary import Figure
 
 Records = Sequence[Mapping[str, Any]]
@@ -207,17 +208,29 @@ def diagnostics(records: Records) -> Html:
 def bad_samples(workdir: epath.Path) -> Html:
     """How many samples could not be read, and the first of them."""
     path = workdir / "bad_samples.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-            rows.append((str(entry["key"]), str(entry["reason"])))
-        except (ValueError, KeyError, TypeError):  # a line cut short by a crash
-            rows.append(("?", line[:200]))
-    if not rows:
+    rows, count = [], 0
+    if path.exists():
+        with path.open("r") as file:
+            for line in read_lines(file):
+                count += 1
+                if count <= _BAD_SHOWN:
+                    rows.append(_bad_sample(line))
+    if not count:
         return section("Bad samples", el("p", "None: every sample could be read.", class_="skipped"))
-    what = f"{len(rows):,} sample{'s' if len(rows) > 1 else ''} could not be read and gave way to another."
-    return section("Bad samples", lead(what), table(("key", "reason"), rows[:_BAD_SHOWN], "texts"))
+    what = f"{count:,} sample{'s' if count > 1 else ''} could not be read and gave way to another."
+    return section("Bad samples", lead(what), table(("key", "reason"), rows, "texts"))
+
+
+def _bad_sample(line: str) -> tuple[str, str]:
+    """(key, reason), cut to a readable length; a line cut short by a crash is shown as it is."""
+    try:
+        entry = parse_json(line)
+        key, reason = entry["key"], entry["reason"]
+        if isinstance(key, str | int) and isinstance(reason, str):
+            return short_text(str(key)), short_text(reason)
+    except (ValueError, KeyError, TypeError):
+        pass
+    return "?", short_text(line)
 
 
 def configuration(config: Mapping[str, Any], parameters: str) -> Html:

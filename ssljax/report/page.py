@@ -8,7 +8,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-_NOT_IN_HTML = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and lone surrogates
+# Control characters, lone surrogates, and the marks that turn the direction of text that follows.
+_NOT_IN_HTML = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+_LONGEST = 500  # characters of a caption, a class name, a key
 PIXELATED = 64  # pictures up to this side are enlarged with sharp pixels
 
 # Okabe and Ito's palette (told apart with any colour vision), without its yellow, which is too faint for thin lines.
@@ -40,6 +42,11 @@ def join(*children: str | None) -> Html:
 
 def _escape(text: str) -> str:
     return html.escape(_NOT_IN_HTML.sub("\ufffd", text), quote=True)
+
+
+def short_text(text: str) -> str:
+    """A text from the data, cut to a length that a page can show."""
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
 
 
 def picture(image: np.ndarray, alt: str, side: int = 96, class_: str | None = None) -> Html:

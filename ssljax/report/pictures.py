@@ -10,7 +10,7 @@ from ssljax.api import Pretrained
 from ssljax.data import Source
 from ssljax.evals.knn import nearest
 from ssljax.report.charts import scatter, scatter_legend
-from ssljax.report.page import COLORS, Html, el, lead, picture, section
+from ssljax.report.page import COLORS, Html, el, lead, picture, section, short_text
 from ssljax.report.samples import Samples, Skip, choose, readable, square
 
 QUERIES, NEIGHBOURS = 8, 6
@@ -197,7 +197,7 @@ def augmentations(pretrained: Pretrained, training: Training) -> Html:
     each = max(2, DRAWS // len(shown))
     cells = [el("span", "picture"), *(el("span", name, style=f"grid-column: span {each}") for name in shown)]
     for i, record in enumerate(records):
-        cells.append(picture(square(record["image"]), str(record.get("key", f"picture {i + 1}"))))
+        cells.append(picture(square(record["image"]), short_text(str(record.get("key", f"picture {i + 1}")))))
         for name in shown:
             # Some views hold several draws of a picture; the others give one a batch.
             drawn = [image for x in draws for image in (x[name][i] if x[name].ndim == 5 else x[name][i : i + 1])]

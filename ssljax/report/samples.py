@@ -13,6 +13,7 @@ from ssljax.config import build
 from ssljax.data import BadSample, Loader, Record, Source, decode, parse_source
 from ssljax.data.host import fit
 from ssljax.encode import Encoder, FrozenEncoder
+from ssljax.report.page import short_text
 
 MOST = 1_000  # samples that are embedded
 _BATCH = 64  # rows per pass; for maps, which are large, as many as are shown
@@ -180,7 +181,7 @@ class Samples:
     def caption(self, row: int) -> str:
         """The caption of a row; the first of several."""
         text = self.record(row)["text"]
-        return text if isinstance(text, str) else text[0]
+        return short_text(text if isinstance(text, str) else text[0])
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -189,11 +190,15 @@ class Samples:
 
     def class_name(self, label: int) -> str:
         """The name of a label, or its number."""
-        return self.source.classes[label] if 0 <= label < len(self.source.classes) else str(label)
+        return short_text(self.source.classes[label]) if 0 <= label < len(self.source.classes) else str(label)
 
     def name(self, row: int) -> str:
         """What to call a row: its class, or without labels its key."""
-        return str(self.record(row).get("key", "")) if self.labels is None else self.class_name(int(self.labels[row]))
+        return (
+            short_text(str(self.record(row).get("key", "")))
+            if self.labels is None
+            else self.class_name(int(self.labels[row]))
+        )
 
     def queries(self, count: int) -> list[int]:
         """Rows to show, the same at every call: one of each class, then a second one of each, ..."""

@@ -1,14 +1,15 @@
 """Samples held in memory: `Arrays`, `Npz`; and a part of any source: `Subset`."""
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ssljax.data.sources.base import Record, Source, check_index, expand
+from ssljax.bounded import read_npz
+from ssljax.data.sources.base import Record, Source, check_index, expand, int32
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +59,14 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+# Members of an archive that must be one row of a kind of numpy type: integers, text.
+_ROWS = {"label": "iu", "text": "U"}
+
+
 @dataclass(frozen=True)
 class Npz:
-    """A numpy archive, read into memory. Pickled objects inside are refused, as they could run code.
+    """A numpy archive, read into memory. Pickled objects inside are refused, as they could run code, and so is an
+    archive that unpacks to far more than its size (`ssljax.bounded.read_npz`).
 
     Either `images` (uint8 `[n,H,W]` or `[n,H,W,C]`), or encoded pictures one after the other: `jpeg` (uint8 `[bytes]`)
     and `offsets` (int `[n+1]`), picture i being `jpeg[offsets[i]:offsets[i+1]]`. Optional: `labels` (int `[n]`),
@@ -82,26 +88,32 @@ class Npz:
     def _arrays(self) -> Arrays:
         path = expand(self.path)
         members = _load(path)
+        names = members.pop("class_names", np.array((), str))
         if "images" in members:
             images: Sequence[Any] | np.ndarray = members.pop("images")
+            if images.ndim not in (3, 4) or not images.size:
+                raise ValueError(f"{path}: 'images' has the shape {images.shape}; expected [n, H, W] or [n, H, W, C]")
         elif "jpeg" in members and "offsets" in members:
-            images = _Slices(members.pop("jpeg"), members.pop("offsets").astype(np.int64), str(path))
+            images = _Slices(members.pop("jpeg"), members.pop("offsets"), str(path))
         else:
             raise ValueError(f"{path} has the members {sorted(members)}; it needs 'images', or 'jpeg' and 'offsets'")
-        classes = tuple(str(name) for name in members.pop("class_names", ()))
         n = len(images)
-        if "labels" in members and len(members["labels"]) != n:
-            raise ValueError(f"{path} has {n} images but {len(members['labels'])} labels")
-        columns: dict[str, Any] = {"image": images}
-        for name, array in members.items():
-            if array.ndim and len(array) == n:
-                columns["label" if name == "labels" else name] = array
+        if "labels" in members and members["labels"].shape != (n,):
+            raise ValueError(f"{path} has {n} images but {len(np.atleast_1d(members['labels']))} labels")
+        fields = {"label" if name == "labels" else name: array for name, array in members.items()}
+        columns = {name: array for name, array in fields.items() if array.ndim and len(array) == n}
+        for name, array, kinds in (("class_names", names, "US"), *((k, columns.get(k), v) for k, v in _ROWS.items())):
+            if array is not None and (array.ndim != 1 or array.dtype.kind not in kinds):
+                what = "strings" if "U" in kinds else "integers"
+                raise ValueError(f"{path}: {name!r} should be one row of {what}, not {array.dtype}{list(array.shape)}")
         chosen = range(n)[self.start :][: self.limit]
         if not chosen:
             raise ValueError(f"start={self.start}, limit={self.limit} leave nothing of the {n} samples in {path}")
-        columns = {key: column[chosen.start : chosen.stop] for key, column in columns.items()}
-        columns["key"] = [f"{path.name}[{i}]" for i in chosen]
+        columns = {k: v[chosen.start : chosen.stop] for k, v in {**columns, "image": images}.items()}
+        columns["key"] = _Keys(path.name, chosen)
+        classes = tuple(map(str, names))
         if "label" in columns:
+            columns["label"] = int32(columns["label"])
             check_labels(columns["label"], classes, str(path))
         return Arrays(columns, classes)
 
@@ -121,30 +133,43 @@ class Npz:
         return self._arrays[index]
 
 
-def _load(path) -> dict[str, np.ndarray]:
+def _load(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
+    with open(path, "rb") as file:
+        if file.read(6) == np.lib.format.MAGIC_PREFIX:
+            raise ValueError(f"{path} is a single .npy array; save it with np.savez(path, images=...)")
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            if isinstance(archive, np.ndarray):
-                raise ValueError(f"{path} is a single .npy array; save it with np.savez(path, images=...)")
-            return {name: archive[name] for name in archive.files}
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a complete .npz archive ({error}); copy or download it again") from error
+        return read_npz(path)
     except ValueError as error:
-        if "pickle" not in str(error).lower():
-            raise
-        raise ValueError(
-            f"{path} is not a plain .npz archive, or holds pickled objects, which are refused because they can run "
-            "code; save plain arrays, and text as np.array(names, dtype=str)"
-        ) from error
+        raise ValueError(f"{path} is {error}; copy or download it again, or save it anew with np.savez") from error
+
+
+class _Keys(Sequence[str]):
+    """`a.npz[0]`, `a.npz[1]`, ..., made when asked for: an archive may hold millions of tiny pictures."""
+
+    def __init__(self, name: str, chosen: range):
+        self._name, self._chosen = name, chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index):
+        return f"{self._name}[{self._chosen[index]}]"
 
 
 class _Slices(Sequence[bytes]):
     """Pieces of one long uint8 array: item i is `data[offsets[i]:offsets[i+1]]`."""
 
     def __init__(self, data: np.ndarray, offsets: np.ndarray, where: str):
-        if offsets.ndim != 1 or len(offsets) < 2 or (np.diff(offsets) < 0).any():
+        if data.dtype != np.uint8 or data.ndim != 1:
+            raise ValueError(f"{where}: 'jpeg' must be one row of uint8, not {data.dtype}{list(data.shape)}")
+        if (
+            offsets.dtype.kind not in "iu"
+            or offsets.ndim != 1
+            or len(offsets) < 2
+            or (offsets[1:] < offsets[:-1]).any()
+        ):
             raise ValueError(f"{where}: 'offsets' must be one rising row of n+1 numbers")
         if offsets[0] < 0 or offsets[-1] > len(data):
             raise ValueError(f"{where}: 'offsets' reach byte {offsets[-1]}, but 'jpeg' has {len(data)} bytes")

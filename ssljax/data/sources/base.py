@@ -6,13 +6,22 @@ import itertools
 import operator
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from ssljax.bounded import LARGEST_RECORD, read_file
+from ssljax.data.errors import BadSample
 
 Record = dict[str, Any]
 """One sample: numpy arrays, bytes, str, ints, floats, and tuples of str. Conventional keys: `image` (uint8 `[H,W,C]` or
 the encoded bytes of a picture), `label` (int), `text` (str or tuple of str), `key` (a name for messages)."""
+
+Missing = Literal["error", "drop"]
+"""What a source of shards does about one that is missing or damaged when it is opened. `drop`: the samples that can be
+read are used, and one last record for each such shard is bad and names it, so that the loss is counted and listed."""
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
 
@@ -22,8 +31,8 @@ class Source(Protocol):
     """A random-access sequence of records (also satisfies grain's `RandomAccessDataSource`).
 
     Picklable, and safe to read from many threads. `classes` names the labels, or is `()`. Sources that know all their
-    labels without reading samples also have `labels` (int array `[n]`). A record whose content is damaged raises
-    `ssljax.data.errors.BadSample`; a disk that fails raises `OSError`.
+    labels without reading samples also have `labels` (int array `[n]`, -1 where there is none). A record whose content
+    is damaged raises `ssljax.data.errors.BadSample`; one that cannot be read may also raise `OSError`.
     """
 
     @property
@@ -40,6 +49,42 @@ def check_index(index: int, length: int) -> int:
     return i % length
 
 
+def int32(labels: np.ndarray) -> np.ndarray:
+    """Integers as int32. Raises ValueError where they do not fit."""
+    narrow = labels.astype(np.int32)
+    if (narrow != labels).any():
+        raise ValueError(f"labels from {labels.min()} to {labels.max()} do not fit into 32 bits")
+    return narrow
+
+
+def read_picture(path: Path, key: str) -> bytes:
+    """The content of a picture's file. Raises BadSample for a pipe, a device and a file of more than
+    `ssljax.bounded.LARGEST_RECORD` bytes."""
+    try:
+        return read_file(path)
+    except ValueError as error:
+        raise BadSample(str(error), key) from error
+
+
+def walk(root: Path) -> Iterator[str]:
+    """Names of the plain files below `root`, `/`-joined. Hidden ones are skipped; links are followed, loops are not."""
+    folders: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # (name, the folders above it)
+    while folders:
+        name, above = folders.pop()
+        status = os.stat(root / name)
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:  # its own ancestor
+            continue
+        with os.scandir(root / name) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append((f"{name}{entry.name}/", (*above, identity)))
+                elif entry.is_file():
+                    yield name + entry.name
+
+
 def expand(path: str | os.PathLike) -> Path:
     """`path` with `~` and `$VARS` replaced. An unset variable raises ValueError."""
     expanded = os.path.expanduser(os.path.expandvars(os.fspath(path)))
@@ -48,25 +93,30 @@ def expand(path: str | os.PathLike) -> Path:
     return Path(expanded)
 
 
-def expand_files(pattern: str, what: str) -> tuple[Path, ...]:
+def expand_files(pattern: str, what: str, missing: Missing = "error") -> tuple[Path, ...]:
     """The files of a path, a glob (`a-*.tar`), or a brace range (`a-{000..009}.tar`, `{x,y}.tar`), in order.
 
     Raises:
-        FileNotFoundError: nothing matches, or a file of the range is missing.
+        FileNotFoundError: nothing matches, or a file of the range is missing (`drop`: it is named all the same).
     """
     names = _expand_braces(pattern)
     files: list[Path] = []
+    absent: list[Path] = []
     for name in names:
         path = expand(name)
         if path.is_file():
             files.append(path)
         elif matches := sorted(glob.glob(str(path))):
             files += [Path(match) for match in matches if os.path.isfile(match)]
+        elif len(names) > 1 and missing == "drop":
+            files.append(path)
+            absent.append(path)
         elif len(names) > 1:
             raise FileNotFoundError(
-                f"{path} is missing ({what} {names.index(name) + 1} of {len(names)} in {pattern!r})"
+                f"{path} is missing ({what} {names.index(name) + 1} of {len(names)} in {pattern!r}); to go on without "
+                "it, set missing='drop'"
             )
-    if not files:
+    if len(files) == len(absent):
         raise FileNotFoundError(f"no {what} at {expand(pattern)}{_hint_for(expand(pattern))}")
     return tuple(dict.fromkeys(files))
 
@@ -118,6 +168,8 @@ class OpenFiles:
         self._descriptors: dict[Path, int] = {}
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
+        if size > LARGEST_RECORD:
+            raise BadSample(f"{path} has a member of {size:,} bytes, over the limit of {LARGEST_RECORD:,}")
         descriptor = self._descriptors.get(path)
         if descriptor is not None:
             return os.pread(descriptor, size, offset)

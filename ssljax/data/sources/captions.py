@@ -1,17 +1,30 @@
 """A table of captions beside pictures: `Captions`."""
 
 import csv
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ssljax.data.errors import BadSample
-from ssljax.data.sources.base import PICTURES, OpenFiles, Record, check_index, expand, extension, nearest
+from ssljax.bounded import parse_json, read_lines
+from ssljax.data.errors import BadSample, UnreadableIsBad
+from ssljax.data.sources.base import (
+    PICTURES,
+    Missing,
+    OpenFiles,
+    Record,
+    check_index,
+    expand,
+    extension,
+    nearest,
+    read_picture,
+    walk,
+)
 from ssljax.data.tar import tar_index
+
+_SHOWN = 100  # rows, columns and values a message is made from
 
 
 @dataclass(frozen=True)
@@ -19,7 +32,8 @@ class Captions:
     """Pictures with captions: a `.csv`, `.tsv` or `.jsonl` table with a header, and a folder or tar of pictures.
 
     The table's `image_column` names the picture, with or without its extension and folders. `where` keeps the rows with
-    these values. A row whose picture is missing is an error, or is left out with `missing="drop"`.
+    these values. A row whose picture is missing is an error, or is left out with `missing="drop"`; so is the end of a
+    truncated tar.
 
     Record: `image` (bytes), `text` (str; a tuple of str for several columns or for a JSON list), `key` (the picture's
     name).
@@ -30,7 +44,7 @@ class Captions:
     image_column: str = "image"
     text_columns: tuple[str, ...] = ("caption",)
     where: Mapping[str, str] = field(default_factory=dict)
-    missing: Literal["error", "drop"] = "error"
+    missing: Missing = "error"
 
     def __post_init__(self) -> None:
         if not self.text_columns:
@@ -43,41 +57,47 @@ class Captions:
         if path.is_dir():
             return _FolderPictures(path)
         if path.is_file():
-            return _TarPictures(path)
+            return _TarPictures(path, self.missing)
         raise FileNotFoundError(f"there is no folder or tar of pictures {path}")
 
     @cached_property
     def _rows(self) -> tuple[tuple[str, str | tuple[str, ...]], ...]:
         """(name of the picture, its text)"""
         path = expand(self.file)
-        table = read_table(path)
-        for column in (self.image_column, *self.text_columns, *self.where):
-            # The lines of a .jsonl may leave out columns, so all of them count.
-            if not any(column in row for row in table):
-                columns = sorted({name for row in table[:100] for name in row})
-                raise ValueError(f"{path} has no column {column!r}{nearest(column, columns)} Its columns are {columns}")
-        chosen = [row for row in table if all(str(row.get(k)) == v for k, v in self.where.items())]
-        if not chosen:
-            raise ValueError(f"no row of {path} has {dict(self.where)}{self._values(table)}")
-        rows, lost = [], []
-        for row in chosen:
+        wanted = {self.image_column, *self.text_columns, *self.where}
+        columns: dict[str, None] = {}  # of the first rows; the lines of a .jsonl may leave out columns
+        values: dict[str, set[str]] = {column: set() for column in self.where}
+        rows, lost, chosen = [], [], 0
+        for number, row in enumerate(read_table(path)):
+            wanted -= row.keys()
+            if number < _SHOWN:
+                columns |= dict.fromkeys(row)
+            for column, seen in values.items():
+                if len(seen) < _SHOWN:
+                    seen.add(str(row.get(column)))
+            if any(str(row.get(column)) != value for column, value in self.where.items()):
+                continue
+            chosen += 1
             name = str(row.get(self.image_column, ""))
-            member = self._pictures.find(name)
-            if member is None:
+            if (member := self._pictures.find(name)) is None:
                 lost.append(name)
-            else:
-                texts = [_texts(row.get(column)) for column in self.text_columns]
-                rows.append((member, texts[0] if len(texts) == 1 else sum((_many(t) for t in texts), ())))
+                continue
+            texts = [_texts(row.get(column)) for column in self.text_columns]
+            rows.append((member, texts[0] if len(texts) == 1 else sum((_many(t) for t in texts), ())))
+        if wanted:
+            column = min(wanted)
+            raise ValueError(
+                f"{path} has no column {column!r}{nearest(column, columns)} Its columns are {sorted(columns)[:_SHOWN]}"
+            )
+        if not chosen:
+            there = {column: sorted(seen)[:6] for column, seen in values.items()}
+            raise ValueError(f"no row of {path} has {dict(self.where)}; there are {there}")
         if lost and (self.missing == "error" or not rows):
             raise ValueError(
-                f"{len(lost)} of {len(chosen)} pictures in the column {self.image_column!r} of {path} are not in "
+                f"{len(lost)} of {chosen} pictures in the column {self.image_column!r} of {path} are not in "
                 f"{expand(self.images)}, such as {lost[:3]}. Check image_column and images, or set missing='drop'"
             )
         return tuple(rows)
-
-    def _values(self, table: Sequence[Mapping[str, Any]]) -> str:
-        seen = {k: sorted({str(row.get(k)) for row in table})[:6] for k in self.where}
-        return f"; there are {seen}"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -88,40 +108,52 @@ class Captions:
 
     def __getitem__(self, index: int) -> Record:
         member, text = self._rows[check_index(index, len(self))]
-        return {"image": self._pictures.read(member), "text": text, "key": member}
+        with UnreadableIsBad(member):
+            return {"image": self._pictures.read(member), "text": text, "key": member}
 
 
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .csv, .tsv or .jsonl file, by column name. Raises ValueError that names the line at fault."""
+def read_table(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a .csv, .tsv or .jsonl file, by column name: texts, numbers and lists of them.
+
+    Raises:
+        ValueError: names the line at fault. Lines and JSON are bounded (`ssljax.bounded`), and so are the cells of a
+        .csv (128 KiB).
+    """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     kind = extension(path.name)
     if kind not in ("csv", "tsv", "jsonl"):
         raise ValueError(f"{path}: a table is a .csv, .tsv or .jsonl file")
-    rows: list[dict[str, Any]] = []
-    number = 0
+    number, empty = 0, True
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             if kind != "jsonl":
-                reader = csv.DictReader(file, delimiter="\t" if kind == "tsv" else ",", strict=True)
+                reader = csv.DictReader(read_lines(file), delimiter="\t" if kind == "tsv" else ",", strict=True)
                 for row in reader:
                     number = reader.line_num
                     if None in row or None in row.values():
                         raise ValueError(f"it does not have the {len(reader.fieldnames or ())} cells of the header")
-                    rows.append(row)
+                    empty = False
+                    yield row
             else:
-                for line in file:
+                for line in read_lines(file):
                     number += 1
                     if line.strip():
-                        row = json.loads(line)
+                        row = parse_json(line)
                         if not isinstance(row, dict):
                             raise ValueError("it is not a JSON object")
-                        rows.append(row)
+                        empty = False
+                        yield {name: value for name, value in row.items() if _is_plain(value)}
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path}, near line {max(number, 1)}: {error}") from error
-    if not rows:
+    if empty:
         raise ValueError(f"{path} has no rows")
-    return rows
+
+
+def _is_plain(value: Any) -> bool:
+    """A text, a number, None or a list of these; what is nested deeper is no caption."""
+    values = value if isinstance(value, list) else (value,)
+    return all(item is None or isinstance(item, str | int | float) for item in values)
 
 
 def _texts(value: Any) -> str | tuple[str, ...]:
@@ -155,24 +187,18 @@ def _by_name(names: Sequence[str]) -> dict[str, str]:
 class _FolderPictures:
     def __init__(self, root: Path):
         self._root = root
-        self._names = _by_name(
-            sorted(
-                os.path.relpath(os.path.join(folder, file), root)
-                for folder, _, files in os.walk(root)
-                for file in files
-            )
-        )
+        self._names = _by_name(sorted(walk(root)))
 
     def find(self, name: str) -> str | None:
         return self._names.get(name)
 
     def read(self, member: str) -> bytes:
-        return (self._root / member).read_bytes()
+        return read_picture(self._root / member, member)
 
 
 class _TarPictures:
-    def __init__(self, path: Path):
-        index = tar_index(path)
+    def __init__(self, path: Path, missing: Missing):
+        index = tar_index(path, missing)
         self._path, self._index = path, index
         self._places = {name: i for i, name in enumerate(index.names)}
         self._names = _by_name(index.names)

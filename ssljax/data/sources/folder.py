@@ -1,14 +1,13 @@
 """Pictures in a folder: `Folder`."""
 
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from ssljax.data.sources.base import PICTURES, Record, check_index, expand, extension
+from ssljax.data.errors import UnreadableIsBad
+from ssljax.data.sources.base import PICTURES, Record, check_index, expand, extension, read_picture, walk
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Folder:
         if not root.is_dir():
             raise FileNotFoundError(f"there is no folder {root}" + ("; it is a file" if root.is_file() else ""))
         wanted = {e.lower().lstrip(".") for e in self.extensions}
-        files = list(_walk(root, "", ()))
+        files = list(walk(root))
         names = sorted(name for name in files if extension(name) in wanted)
         if not names:
             found = sorted({extension(name) for name in files})[:8]
@@ -84,23 +83,8 @@ class Folder:
     def __getitem__(self, index: int) -> Record:
         i = check_index(index, len(self))
         name = self._names[i]
-        record: Record = {"image": (self._root / name).read_bytes(), "key": name}
+        with UnreadableIsBad(name):
+            record: Record = {"image": read_picture(self._root / name, name), "key": name}
         if self.labels is not None:
             record["label"] = int(self.labels[i])
         return record
-
-
-def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """Names of the files below `folder`, `/`-joined. A folder that is its own ancestor is a loop and is left out."""
-    status = os.stat(folder)
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", (*above, identity))
-            elif entry.is_file():
-                yield prefix + entry.name

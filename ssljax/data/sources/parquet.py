@@ -1,9 +1,6 @@
 """Parquet files and Hugging Face data sets on disk: `Parquet`."""
 
-import json
-import threading
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,11 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from ssljax.bounded import parse_json
 from ssljax.data.errors import BadSample
 from ssljax.data.sources.arrays import check_labels
-from ssljax.data.sources.base import Record, check_index, expand, expand_files, nearest
+from ssljax.data.sources.base import Missing, Record, check_index, expand, expand_files, int32, nearest
+from ssljax.data.sources.row_groups import RowGroups
 
 Role = Literal["image", "label", "text"]
 
@@ -46,11 +44,12 @@ class Parquet:
     label: str | None = None
     text: str | None = None
     cache_mib: int = 256  # row groups kept in memory, shared by the threads of a process
+    missing: Missing = "error"  # of whole files: one that is cut cannot be opened; drop: see `base.Missing`
 
     def __post_init__(self) -> None:
         if not self._columns:
             raise ValueError(
-                f"cannot tell which column of {self._files[0]} is the picture or the text; its columns are "
+                f"cannot tell which column of {self._files[0][0]} is the picture or the text; its columns are "
                 f"{self._schema.names}. Set image=..., label=..., text=..."
             )
         _ = self.classes
@@ -60,10 +59,23 @@ class Parquet:
         return {k: v for k, v in self.__dict__.items() if k not in ("_groups", "_label_values")}
 
     @cached_property
-    def _files(self) -> tuple[Path, ...]:
+    def _files(self) -> tuple[tuple[Path, ...], tuple[tuple[str, str], ...]]:
+        """(files to read, (why, name) of those that are missing or damaged)"""
+        files, lost = list(self._named_files()), []
+        for file in tuple(files) if self.missing == "drop" else ():
+            try:
+                RowGroups((file,), 0)
+            except ValueError as error:
+                files.remove(file)
+                lost.append((f"the shard {file} is missing or damaged: {error}", file.name))
+        if not files:
+            raise ValueError(f"no row is left: {lost[0][0]}")
+        return tuple(files), tuple(lost)
+
+    def _named_files(self) -> tuple[Path, ...]:
         path = expand(self.path)
         if not path.is_dir():
-            return expand_files(self.path, "parquet file")
+            return expand_files(self.path, "parquet file", self.missing)
         files = sorted(path.glob("*.parquet")) or sorted(path.glob("*.arrow"))
         if not files:
             below = sorted({str(f.parent) for f in [*path.glob("*/*.parquet"), *path.glob("*/*.arrow")]})
@@ -73,8 +85,8 @@ class Parquet:
         return tuple(files)
 
     @cached_property
-    def _groups(self) -> "_Groups":
-        return _Groups(self._files, self.cache_mib << 20)
+    def _groups(self) -> RowGroups:
+        return RowGroups(self._files[0], self.cache_mib << 20)
 
     @property
     def _schema(self) -> pa.Schema:
@@ -84,7 +96,7 @@ class Parquet:
     def _features(self) -> dict[str, Any]:
         """Hugging Face's description of the columns, or {}."""
         try:
-            features = json.loads((self._schema.metadata or {})[b"huggingface"])["info"]["features"]
+            features = parse_json((self._schema.metadata or {})[b"huggingface"])["info"]["features"]
         except (KeyError, TypeError, ValueError):
             return {}
         return features if isinstance(features, dict) else {}
@@ -103,18 +115,18 @@ class Parquet:
         for role, name in given.items():
             if name is not None and name not in names:
                 raise ValueError(
-                    f"{self._files[0]} has no column {name!r}{nearest(name, names)} Its columns are {names}"
+                    f"{self._files[0][0]} has no column {name!r}{nearest(name, names)} Its columns are {names}"
                 )
             usual = (usual for usual in _USUAL[role] if usual in names)
             if chosen := name or by_schema.get(role) or next(usual, None):
                 columns[role] = chosen
+                _check_type(role, self._schema.field(chosen), self._files[0][0])
         return columns if "image" in columns or "text" in columns else {}
 
     @cached_property
     def _label_values(self) -> pa.ChunkedArray | None:
-        if "label" not in self._columns:
-            return None
-        return self._groups.column(self._columns["label"])
+        """Integers, or a dictionary of strings."""
+        return self._groups.column(self._columns["label"]) if "label" in self._columns else None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -124,13 +136,14 @@ class Parquet:
     def _classes(self) -> tuple[str, ...]:
         if (values := self._label_values) is None:
             return ()
-        if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-            return tuple(sorted({str(v) for v in values.unique().to_pylist()}))
+        if pa.types.is_dictionary(values.type):
+            return tuple(sorted({str(v) for v in values.unique().to_pylist() if v is not None}))
         feature = self._features.get(self._columns["label"], {})
-        classes = tuple(map(str, feature.get("names") or ())) if isinstance(feature, dict) else ()
+        names = feature.get("names") if isinstance(feature, dict) else None
+        classes = tuple(map(str, names)) if isinstance(names, list) else ()
         # -1 is Hugging Face's "no label", as in hidden test sets
-        known = values.drop_null().to_numpy()
-        check_labels(known[known >= 0], classes, f"the column {self._columns['label']!r} of {self.path}")
+        assert self.labels is not None
+        check_labels(self.labels[self.labels >= 0], classes, f"the column {self._columns['label']!r} of {self.path}")
         return classes
 
     @cached_property
@@ -138,17 +151,27 @@ class Parquet:
         """int32 `[n]`, -1 where a row has none; None without a label column."""
         if (values := self._label_values) is None:
             return None
-        number = {name: i for i, name in enumerate(self.classes)}
-        plain = values.to_pylist()
-        return np.array([-1 if v is None else number[v] if isinstance(v, str) else v for v in plain], np.int32)
+        if pa.types.is_dictionary(values.type):
+            number = {name: i for i, name in enumerate(self.classes)}
+            numbers = [number.get(name, -1) for name in values.chunk(0).dictionary.to_pylist()]
+            place = pa.chunked_array([chunk.indices for chunk in values.chunks]).fill_null(len(numbers)).to_numpy()
+            known = np.array([*numbers, -1], np.int32)[place]
+        else:
+            known = int32(values.fill_null(-1).to_numpy())
+        return np.concatenate([known, np.full(len(self._files[1]), -1, np.int32)])
 
     def __len__(self) -> int:
-        return len(self._groups)
+        return len(self._groups) + len(self._files[1])
 
     def __getitem__(self, index: int) -> Record:
         i = check_index(index, len(self))
-        row = self._groups.row(i, list(self._columns.values()))
+        if i >= len(self._groups):
+            raise BadSample(*self._files[1][i - len(self._groups)])
         record: Record = {"key": f"{Path(self.path).name}[{i}]"}
+        try:
+            row = self._groups.row(i, list(self._columns.values()))
+        except BadSample as error:
+            raise BadSample(f"row {i} of {self.path} cannot be read: {error}", record["key"]) from error
         for role, column in self._columns.items():
             value = row[column]
             if role == "label":
@@ -158,7 +181,7 @@ class Parquet:
                 record["text"] = tuple(map(str, value)) if isinstance(value, list) else str(value or "")
             else:
                 if isinstance(value, dict):
-                    record["key"] = value.get("path") or record["key"]
+                    record["key"] = str(value.get("path") or record["key"])
                     value = value.get("bytes")
                 if not isinstance(value, bytes):
                     raise BadSample(
@@ -168,72 +191,26 @@ class Parquet:
         return record
 
 
-class _Groups:
-    """The row groups (parquet) or record batches (Arrow) of all files, with the last used ones in memory."""
+def _check_type(role: Role, column: pa.Field, file: Path) -> None:
+    """Raises ValueError if a column cannot play its role."""
+    kind = column.type
+    inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    has_bytes = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    fits = {
+        "image": _is(kind.field("bytes").type if has_bytes else kind, pa.types.is_binary, pa.types.is_large_binary),
+        "label": _is(kind, pa.types.is_integer, pa.types.is_string, pa.types.is_large_string),
+        "text": _is(inner, pa.types.is_string, pa.types.is_large_string),
+    }
+    if not fits[role]:
+        wanted = {
+            "image": "binary, or a struct with binary 'bytes'",
+            "label": "integers or strings",
+            "text": "strings or lists of strings",
+        }
+        raise ValueError(
+            f"{file}: the column {column.name!r} is to be the {role}; it holds {str(kind)[:200]}, not {wanted[role]}"
+        )
 
-    def __init__(self, files: tuple[Path, ...], budget: int):
-        self._budget, self._held = budget, 0
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
-        self._lock = threading.Lock()
-        self._places: list[tuple[Path, int]] = []
-        self._parquet: dict[Path, pq.FileMetaData] = {}
-        self._arrow: dict[Path, list[pa.RecordBatch]] = {}
-        rows: list[int] = []
-        schemas: list[pa.Schema] = []
-        for file in files:
-            try:
-                if file.suffix == ".arrow":
-                    stream = pa.ipc.open_stream(pa.memory_map(str(file)))
-                    self._arrow[file] = list(stream)
-                    counts = [batch.num_rows for batch in self._arrow[file]]
-                    schemas.append(stream.schema)
-                else:
-                    with pq.ParquetFile(file) as opened:
-                        self._parquet[file] = opened.metadata
-                        schemas.append(opened.schema_arrow)
-                    counts = [opened.metadata.row_group(g).num_rows for g in range(opened.metadata.num_row_groups)]
-            except (pa.ArrowInvalid, OSError) as error:
-                raise ValueError(
-                    f"{file} is not a complete parquet or Arrow file ({error}); copy or download it again"
-                ) from error
-            if schemas[-1].names != schemas[0].names:
-                raise ValueError(f"{file} has the columns {schemas[-1].names}, but {files[0]} has {schemas[0].names}")
-            self._places += [(file, g) for g in range(len(counts))]
-            rows += counts
-        self.schema = schemas[0]
-        self._ends = np.cumsum(rows, dtype=np.int64)
-        if not len(self):
-            raise ValueError(f"{files[0]} has no rows")
 
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def column(self, name: str) -> pa.ChunkedArray:
-        """One whole column; only its bytes are read."""
-        tables = [pq.read_table(file, columns=[name], use_threads=False) for file in self._parquet]
-        tables += [pa.Table.from_batches(batches).select([name]) for batches in self._arrow.values()]
-        return pa.concat_tables([table.replace_schema_metadata() for table in tables]).column(0)
-
-    def row(self, i: int, columns: list[str]) -> dict[str, Any]:
-        group = int(np.searchsorted(self._ends, i, side="right"))
-        first = int(self._ends[group - 1]) if group else 0
-        table = self._group(group, columns)
-        return {name: table.column(name)[i - first].as_py() for name in columns}
-
-    def _group(self, group: int, columns: list[str]) -> pa.Table | pa.RecordBatch:
-        file, number = self._places[group]
-        if file in self._arrow:
-            return self._arrow[file][number]
-        with self._lock:
-            if (table := self._cache.get(group)) is not None:
-                self._cache.move_to_end(group)
-                return table
-        with pq.ParquetFile(file, metadata=self._parquet[file]) as opened:
-            table = opened.read_row_group(number, columns=columns, use_threads=False)
-        with self._lock:
-            if group not in self._cache:
-                self._cache[group] = table
-                self._held += table.nbytes
-            while self._held > self._budget and len(self._cache) > 1:
-                self._held -= self._cache.popitem(last=False)[1].nbytes
-        return table
+def _is(kind: pa.DataType, *tests: Callable[[pa.DataType], bool]) -> bool:
+    return any(test(kind.value_type if pa.types.is_dictionary(kind) else kind) for test in tests)

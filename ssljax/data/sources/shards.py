@@ -15,8 +15,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ssljax.bounded import LARGEST_JSON, parse_json, read_file
 from ssljax.data.errors import BadSample
-from ssljax.data.sources.base import Record, check_index, expand, expand_files
+from ssljax.data.sources.base import Missing, Record, check_index, expand, expand_files
 
 INDEX = "dataset.json"
 _PLAIN = (str, int, float, bool)  # themselves, not their numpy subclasses
@@ -51,9 +52,11 @@ def _is_plain_tuple(value: Any) -> bool:
 def decode_record(blob: bytes) -> Record:
     """The inverse of `encode_record`. Raises BadSample for a damaged blob."""
     try:
-        header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])["__metadata__"]
-        fields, raw, order = (json.loads(header[name]) for name in ("fields", "bytes", "order"))
+        header = parse_json(blob[8 : 8 + int.from_bytes(blob[:8], "little")])["__metadata__"]
+        fields, raw, order = (parse_json(header[name]) for name in ("fields", "bytes", "order"))
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        if not all(type(value) in _PLAIN or _is_plain_tuple(value) for value in values.values()):
+            raise ValueError("its fields are no plain values")
         for key, tensor in safetensors.numpy.load(blob).items():
             values[key] = tensor.tobytes() if key in raw else tensor
         return {key: values[key] for key in order}
@@ -69,41 +72,50 @@ class ArrayRecord:
     """
 
     path: str
+    missing: Missing = "error"  # of whole shards: one that is cut cannot be opened; drop: see `base.Missing`
 
     def __post_init__(self) -> None:
-        count = self._index.get("count")
-        if expand(self.path).is_dir() and count is not None and count != len(self):
-            raise ValueError(
-                f"{expand(self.path)} holds {len(self)} records, but its {INDEX} says {count}: a shard is missing"
-            )
+        _ = self._opened
 
     @cached_property
-    def _shards(self) -> tuple[Path, ...]:
+    def _files(self) -> tuple[Path, ...]:
         path = expand(self.path)
-        return expand_files(str(path / "*.array_record") if path.is_dir() else self.path, "ArrayRecord shard")
+        pattern = str(path / "*.array_record") if path.is_dir() else self.path
+        return expand_files(pattern, "ArrayRecord shard", self.missing)
 
     @cached_property
     def _index(self) -> dict[str, Any]:
-        path = self._shards[0].parent / INDEX
+        path = self._files[0].parent / INDEX
         try:
-            index = json.loads(path.read_text()) if path.is_file() else {}
+            index = parse_json(read_file(path, LARGEST_JSON)) if path.exists() else {}
+            if not isinstance(index, dict) or not isinstance(index.get("classes", []), list):
+                raise ValueError("not an index of ssljax.data.pack")
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); pack the set again") from error
-        return index if isinstance(index, dict) else {}
+        return index
 
     @cached_property
-    def _reader(self):
-        from array_record.python.array_record_data_source import ArrayRecordDataSource  # slow to import
-
-        for shard in self._shards:
-            if not shard.stat().st_size:
-                raise ValueError(f"{shard} is empty (0 bytes); the copy did not finish")
-        try:
-            return ArrayRecordDataSource([str(shard) for shard in self._shards])
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{self.path}: a shard is truncated or not ArrayRecord ({error}); copy it again"
-            ) from error
+    def _opened(self) -> tuple[Any, tuple[tuple[str, str], ...]]:
+        """(the records, (why, name) of shards that are missing or damaged)"""
+        files, lost = list(self._files), []
+        for file in self._files if self.missing == "drop" else ():
+            try:
+                _open(file)
+            except (OSError, ValueError) as error:
+                files.remove(file)
+                lost.append((f"the shard {file} is missing or damaged: {error}", file.name))
+        if not files:
+            raise ValueError(f"no record is left: {lost[0][0]}")
+        reader = _open(*files)
+        count = self._index.get("count")
+        if expand(self.path).is_dir() and not lost and count is not None and count != len(reader):
+            reason = (
+                f"{expand(self.path)} holds {len(reader)} records, but its {INDEX} says {count}: a shard is missing"
+            )
+            if self.missing == "error":
+                raise ValueError(f"{reason}; to go on without it, set missing='drop'")
+            lost.append((reason, expand(self.path).name))
+        return reader, tuple(lost)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -114,11 +126,32 @@ class ArrayRecord:
         return tuple(map(str, self._index.get("classes", ())))
 
     def __len__(self) -> int:
-        return len(self._reader)
+        reader, lost = self._opened
+        return len(reader) + len(lost)
 
     def __getitem__(self, index: int) -> Record:
         i = check_index(index, len(self))
+        reader, lost = self._opened
+        if i >= len(reader):
+            raise BadSample(*lost[i - len(reader)])
         try:
-            return decode_record(self._reader[i])
-        except BadSample as error:
+            return decode_record(reader[i])
+        except (BadSample, RuntimeError) as error:  # a damaged record, a damaged block
             raise BadSample(f"{self.path}[{i}]: {error}", i) from error
+
+
+def _open(*files: Path) -> Any:
+    from array_record.python.array_record_data_source import ArrayRecordDataSource  # slow to import
+
+    for file in files:
+        if not file.stat().st_size:
+            raise ValueError(f"{file} is empty (0 bytes); the copy did not finish")
+    try:
+        return ArrayRecordDataSource([str(file) for file in files])
+    except (ValueError, RuntimeError) as error:
+        for file in files[1:] and files:
+            _open(file)  # which one it is
+        raise ValueError(
+            f"{files[0]} is truncated or not ArrayRecord ({error}); copy it again, or set missing='drop' to go on "
+            "without it"
+        ) from error

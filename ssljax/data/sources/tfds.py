@@ -1,9 +1,14 @@
 """Data sets prepared by tensorflow-datasets, read without TensorFlow: `TFDS`."""
 
+import re
+import sys
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from ssljax.bounded import LARGEST_JSON, parse_json, read_file
+from ssljax.data.errors import BadSample
 from ssljax.data.sources.base import Record, check_index, expand
 
 
@@ -15,7 +20,8 @@ class TFDS:
         file_format='array_record').download_and_prepare()"
 
     `split` takes the usual slices (`train[:90%]`). Record: `image` (encoded bytes), `label` (int), `text` (str),
-    `key`, and every other feature under its own name.
+    `key`, and every other feature under its own name. A set whose `features.json` names a class outside of
+    tensorflow-datasets is refused unless that class's module has been imported already: reading it would import it.
     """
 
     name: str
@@ -31,8 +37,12 @@ class TFDS:
     @cached_property
     def _builder(self) -> Any:
         import tensorflow_datasets as tfds  # slow to import
+        from tensorflow_datasets.core.constants import DATA_DIR
 
         folder = None if self.data_dir is None else str(expand(self.data_dir))
+        where = Path(folder or DATA_DIR)
+        for file in sorted((where / re.split("[/:]", self.name)[0]).glob("**/features.json")):
+            _refuse_foreign_classes(file)
         try:
             return tfds.builder(self.name, data_dir=folder)
         except tfds.core.DatasetNotFoundError as error:
@@ -40,6 +50,10 @@ class TFDS:
                 f"tensorflow-datasets has no set {self.name!r}, and none is prepared in "
                 f"{folder or 'its default folder'}"
             ) from error
+        except OSError:
+            raise
+        except Exception as error:  # whatever its parsers raise
+            raise ValueError(f"{self.name} in {where} is damaged ({error}); prepare it again") from error
 
     @cached_property
     def _data(self) -> Any:
@@ -83,8 +97,32 @@ class TFDS:
 
     def __getitem__(self, index: int) -> Record:
         i = check_index(index, len(self))
-        record = {key: _plain(key, value) for key, value in self._data[i].items()}
-        return {**record, "key": f"{self.name}/{self.split}[{i}]"}
+        name = f"{self.name}/{self.split}[{i}]"
+        try:
+            record = {key: _plain(key, value) for key, value in self._data[i].items()}
+        except OSError:
+            raise
+        except Exception as error:  # whatever the parsers of its records raise
+            raise BadSample(f"{name} is damaged ({error})", name) from error
+        return {**record, "key": name}
+
+
+def _refuse_foreign_classes(file: Path) -> None:
+    try:
+        nodes = [parse_json(read_file(file, LARGEST_JSON))]
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); prepare the set again") from error
+    while nodes:
+        node: Any = nodes.pop()
+        nodes += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        for key in ("pythonClassName", "python_class_name", "type"):
+            name = str(node.get(key)) if isinstance(node, dict) else ""
+            module = name.rpartition(".")[0]
+            if module and not module.startswith("tensorflow_datasets.") and module not in sys.modules:
+                raise ValueError(
+                    f"{file} names the class {name!r}, which is not one of tensorflow-datasets; if you trust it, "
+                    f"import {module} first"
+                )
 
 
 def _plain(key: str, value: Any) -> Any:
