@@ -52,11 +52,11 @@ def noise(run: Run) -> dict[str, np.ndarray]:
     return {name: draw.integers(0, 256, x.shape).astype(x.dtype) for name, x in shapes}
 
 
-def compare(name: str, repeats: int) -> dict[str, Any]:
+def compare(name: str, devices: int, repeats: int) -> dict[str, Any]:
     """On all devices of this process."""
     turns = {}
     for shards in (0, SHARDS):
-        run = Run(model(name, shards))
+        run = Run(model(name, shards), jax.devices()[:devices])
         with jax.set_mesh(run.mesh):
             turns[shards] = (
                 run,
@@ -79,12 +79,10 @@ def compare(name: str, repeats: int) -> dict[str, Any]:
     parameters = jax.tree.leaves(jax.device_get(state.params))
     with jax.set_mesh(run.mesh):
         flops = matmul_flops(run.step, state, batch)
-        repeated = matmul_flops(run.step, state, batch, passes=lambda e: float(not e.ctx.cur_abstract_mesh.manual_axes))
-    once = flops - repeated
     return {
         **{clock: (statistics.median(values), min(values), max(values)) for clock, values in ratios.items()},
         "memory": [turns[s][1].memory_analysis().temp_size_in_bytes for s in (0, SHARDS)],
-        "repeated": (run.mesh.size - 1) * repeated / (once + run.mesh.size * repeated),
+        "flops": flops,
         "digest": hashlib.sha256(b"".join(x.tobytes() for x in parameters)).hexdigest()[:12],
     }
 
@@ -102,9 +100,10 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help=f"which of {', '.join(MODELS)}; all by default")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--devices", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(compare(options.child, options.repeats)))
+        print(json.dumps(compare(options.child, options.devices, options.repeats)))
         return
     table = Table(title=f"deterministic={SHARDS} over deterministic=0; {os.cpu_count()} cores, jax {jax.__version__}")
     for column in ("model", "devices", "time", "work", "repeated", "temporary MiB", "parameters"):

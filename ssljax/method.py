@@ -90,9 +90,9 @@ def forward(
     rounding. Part c is rows c, c + k, c + 2k, ... (these lie on all devices alike). Batch normalisation sees one part
     at a time; its running averages take the mean.
 
-    In a deterministic run the rows of large networks pass by logical shards (`ssljax.shards`), each of them in k parts,
-    and batch normalisation sees one part of one logical shard. What `micro_batches` is not given for, every device
-    computes for the whole batch.
+    In a deterministic run (`ssljax.shards`) these networks take one logical shard after the other, each in k parts, and
+    all of that holds for the parts of a logical shard, also with k = 1. Whatever `micro_batches` is not given for,
+    every device computes for the whole batch.
     """
 
     def apply(params: Params, key: Array | None, *inputs: Any) -> tuple[Any, State]:
@@ -103,22 +103,20 @@ def forward(
         output, changed = module.apply(variables, *inputs, train=True, rngs=rngs, mutable=["batch_stats"], **kwargs)
         return output, dict(changed).get("batch_stats", stats)
 
-    parts = micro_batches if train and micro_batches else 1
-    encode = apply if parts == 1 else partial(_in_parts, apply, parts)
-    if micro_batches is None or not logical_shards():
-        outputs, changed = encode(params, key, *inputs)
-        return outputs, changed if train else stats
+    parts = micro_batches if micro_batches and train else 1
+    if logical_shards() and micro_batches is not None:
+        keys = None if key is None else jax.random.split(key, logical_shards())
 
-    def of_shard(params: Params, key: Array | None, *inputs: Any) -> tuple[Any, State]:
-        output, changed = encode(params, None if key is None else key[0], *inputs)
-        return output, jax.tree.map(lambda x: x[None], changed)
+        def of_shard(params: Params, key: Array | None, *inputs: Any) -> tuple[Any, State]:
+            output, changed = _in_parts(apply, parts, params, None if key is None else key[0], *inputs)
+            return output, jax.tree.map(lambda x: x[None], changed)
 
-    if parts == 1 and getattr(module, "remat", "none") == "none":
-        # Results of products alone are kept for the backward pass: a loop has to store, as copies, all that is kept.
-        of_shard = jax.checkpoint(of_shard, policy=_of_a_product, prevent_cse=False)
-    keys = None if key is None else jax.random.split(key, logical_shards())
-    outputs, changed = each_shard(of_shard, params, keys, *inputs)
-    return outputs, jax.tree.map(lambda x: x.mean(axis=0), changed) if train else stats
+        output, changed = each_shard(of_shard, params, keys, *inputs)
+        changed = jax.tree.map(lambda x: x.mean(axis=0), changed)
+    else:
+        encode = apply if parts == 1 else partial(_in_parts, apply, parts)
+        output, changed = encode(params, key, *inputs)
+    return output, changed if train else stats
 
 
 def _in_parts(apply: Any, count: int, params: Params, key: Array | None, *inputs: Any) -> tuple[Any, State]:
@@ -134,11 +132,6 @@ def _in_parts(apply: Any, count: int, params: Params, key: Array | None, *inputs
     of_part = jax.checkpoint(apply, prevent_cse=False)  # the loop keeps the parts apart already
     outputs, stats = jax.lax.map(lambda part: of_part(params, *part), (keys, *jax.tree.map(split, inputs)))
     return jax.tree.map(join, outputs), jax.tree.map(lambda x: x.mean(axis=0), stats)
-
-
-def _of_a_product(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Matrix products and convolutions; a function with a derivative of its own may hold some."""
-    return primitive.name in ("dot_general", "conv_general_dilated", "custom_vjp_call")
 
 
 def ema(target: Any, source: Any, momentum: Array | float) -> Any:

@@ -9,7 +9,9 @@ is L *logical shards*, blocks of B / L rows, whatever the mesh; a device has a r
 3. Every device computes all else (heads, the loss) for the whole batch.
 
 All of it is in one `shard_map`: the compiler has no choice how to split it. This rests on equal devices computing equal
-programs equally; it was verified bit for bit on CPU devices of one machine.
+programs equally; it was verified bit for bit on CPU devices of one machine. (The threads of XLA:CPU belong to the
+device: where it multiplies matrices, their number decides how a sum is cut. A process has max(cores, virtual devices)
+of them, or `NPROC` instead of the cores.)
 """
 
 from collections.abc import Callable
