@@ -32,9 +32,10 @@ from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 from rich.table import Table
 
-from ssljax.checkpoint import Checkpoints, CheckpointStore, abstract_like
+from ssljax.checkpoint import Checkpoints, CheckpointStore
 from ssljax.config import experiment, load_config
 from ssljax.digest import digest_tree
+from ssljax.mesh import abstract_like
 from ssljax.run import Run
 from ssljax.state import TrainState
 

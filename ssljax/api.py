@@ -10,10 +10,11 @@ import pyarrow
 import pyarrow.parquet
 from etils import epath
 
-from ssljax.checkpoint import CheckpointError, CheckpointStore, abstract_like
+from ssljax.checkpoint import CheckpointError, CheckpointStore
 from ssljax.config import Experiment, build
 from ssljax.data import Source, parse_source
 from ssljax.encode import FrozenEncoder
+from ssljax.mesh import abstract_like
 from ssljax.run import Run
 
 

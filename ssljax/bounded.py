@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 import numpy as np
+from etils import epath
 
 LARGEST_RECORD = 128 * 2**20  # bytes of one picture, text or other member of a sample
 LARGEST_JSON = 4 * 2**20  # bytes; as Python objects `[{},{},...` takes 30 times that
@@ -40,6 +41,20 @@ def read_file(path: str | os.PathLike[str], most: int = LARGEST_RECORD) -> bytes
         raise ValueError(f"{os.fspath(path)} has {size:,} bytes, over the limit of {most:,}")
     with open(path, "rb") as file:
         return file.read(most)
+
+
+def is_plain(path: epath.Path) -> bool:
+    """Whether `path`, local or remote, is a file that ends: no folder, and no pipe or device."""
+    name = os.fspath(path)
+    return path.is_file() and ("://" in name or os.path.isfile(name))  # epath calls everything but folders a file
+
+
+def check_small(path: epath.Path, most: int = LARGEST_JSON) -> None:
+    """Raises ValueError unless `path`, local or remote, is a plain file of at most `most` bytes."""
+    if not is_plain(path):
+        raise ValueError(f"{path} is not a plain file")
+    if (size := path.stat().length) > most:
+        raise ValueError(f"{path} has {size:,} bytes, over the limit of {most:,}")
 
 
 def parse_json(text: str | bytes) -> Any:

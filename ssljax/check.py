@@ -1,6 +1,5 @@
 """Is what a run has saved still what it saved? `ssljax check <workdir>`: reads files, needs no accelerator."""
 
-import json
 from collections.abc import Iterator
 
 import jax
@@ -8,6 +7,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 from rich.table import Table
 
+from ssljax.bounded import check_small, parse_json
 from ssljax.checkpoint import CheckpointError, CheckpointStore
 from ssljax.digest import read_manifest
 from ssljax.metrics import read_records
@@ -64,7 +64,8 @@ def _files(workdir: epath.Path) -> Iterator[tuple[str, str]]:
             if not (workdir / name).exists():
                 yield name, "missing"
             elif name == "config.json":
-                json.loads((workdir / name).read_text())
+                check_small(workdir / name)
+                parse_json((workdir / name).read_text())
                 yield name, ""
             else:
                 read_records(workdir)

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -26,11 +26,10 @@ from typing import Any, NamedTuple, Self, TypeVar
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
-from orbax.checkpoint.metadata import get_step_metadata
 
-from ssljax.digest import MANIFEST, damaged_files, digest_tree, json_digest, read_manifest, write_manifest
+from ssljax.checkpoint_record import Record, read_record
+from ssljax.digest import MANIFEST, damaged_files, digest_tree, kinds, read_manifest, write_manifest
 from ssljax.distributed import agreed, gather_texts
-from ssljax.rules import leaf_name
 from ssljax.state import TrainState
 
 COMMITTED = "commit_success.txt"  # the last file that Orbax writes into a checkpoint
@@ -52,21 +51,6 @@ class CheckpointError(RuntimeError):
 
 class DamagedCheckpoint(CheckpointError):
     """A checkpoint that is not what was saved; the message says which file or array."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a checkpoint holds beside the state: JSON.
-
-    Attributes:
-      progress: what the loop needs to continue, beside the state: its position in the data, ...
-      metadata: what the run says of itself: the resolved config, ...
-      arrays: [kind, digest] of every array of the state, by name; the kind as in `float32[768,3072]`.
-    """
-
-    progress: dict[str, Any]
-    metadata: dict[str, Any]
-    arrays: dict[str, list[str]]
 
 
 class Restored(NamedTuple):
@@ -136,6 +120,13 @@ class CheckpointStore:
         state = _agreed(lambda: self._load(like, step, record, sealed))
         return Restored(state, step, record.progress, record.metadata)
 
+    def check_fits(self, like: TrainState) -> None:
+        """Raises CheckpointError if the newest checkpoint belongs to another config. Reads its JSON only."""
+        steps = self._agreed_steps()
+        with suppress(DamagedCheckpoint):  # `resume` says what is wrong
+            if steps:
+                self._check_fits(like, steps[-1], self.record(steps[-1]))
+
     def newest_good(self, read: Callable[[int], T], report: Callable[[str], None]) -> T:
         """What `read(step)` returns for the newest step for which it does not raise `DamagedCheckpoint`.
 
@@ -188,8 +179,8 @@ class CheckpointStore:
         self.wait()
         _agreed(partial(self._try_to_write, step))
         digests = digest_tree(state)
-        arrays = {name: [kind, digests[name][0]] for name, kind in _kinds(state).items()}
-        record = asdict(Record(progress, metadata, arrays))
+        arrays = {name: [kind, digests[name][0]] for name, kind in kinds(state).items()}
+        record = Record(progress, metadata, arrays)
         context = ocp.Context()
         if diverged := [name for name, replicas in digests.items() if len(replicas) > 1]:
             warnings.warn(
@@ -203,7 +194,7 @@ class CheckpointStore:
                 response = ocp.save_checkpointables_async(
                     self.folder / str(step),
                     {"state": state},
-                    custom_metadata={"record": record, "digest": json_digest([step, record])},
+                    custom_metadata=record.sealed(step),
                 )
         except Exception as error:
             raise self._save_failed(step, error) from error
@@ -266,13 +257,9 @@ class CheckpointStore:
 
     def _record(self, step: int) -> Record:
         try:
-            saved: Any = get_step_metadata(self.folder / str(step)).custom_metadata
-            record, digest = saved["record"], saved["digest"]
-        except Exception as error:
-            raise self._damaged(step, f"its metadata cannot be read: {error!r}") from error
-        if digest != json_digest([step, record]):
-            raise self._damaged(step, "its metadata do not have their own digest")
-        return Record(**record)
+            return read_record(self.folder / str(step), step)
+        except (ValueError, OSError) as error:
+            raise self._damaged(step, str(error)) from error
 
     def _verified(self, step: int) -> tuple[Record, bool]:
         """The record of a checkpoint whose files are what was saved, and whether there was a manifest to tell that."""
@@ -302,7 +289,7 @@ class CheckpointStore:
 
     def _check_fits(self, like: TrainState, step: int, record: Record) -> None:
         """Raises if the arrays of a checkpoint are not those of `like`, naming them."""
-        there, here = {name: kind for name, (kind, _) in record.arrays.items()}, _kinds(like)
+        there, here = {name: kind for name, (kind, _) in record.arrays.items()}, kinds(like)
         different = [
             f"{name}: {there.get(name, 'missing')} in the checkpoint, {here.get(name, 'missing')} in the config"
             for name in sorted(there.keys() | here.keys(), key=lambda name: (not name.startswith("params/"), name))
@@ -340,6 +327,7 @@ class CheckpointStore:
         """Raises if nothing can be written: Orbax would find out as well, and then wait for itself for minutes."""
         if jax.process_index() == 0:
             try:
+                self.folder.mkdir(parents=True, exist_ok=True)
                 probe = self.folder / f"{step}.probe"
                 probe.write_text("")
                 probe.unlink()
@@ -368,11 +356,6 @@ class CheckpointStore:
         )
 
 
-def abstract_like(tree: Any, shardings: Any) -> Any:
-    """Shapes and dtypes of `tree` with `shardings`, as `CheckpointStore.restore` wants them."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
 def _complete(folder: epath.Path) -> bool:
     return (folder / COMMITTED).exists() or (folder / MANIFEST).exists()
 
@@ -385,12 +368,6 @@ def _remove(folder: epath.Path) -> None:
 
 
 _agreed = partial(agreed, kinds=(DamagedCheckpoint, CheckpointError))
-
-
-def _kinds(tree: Any) -> dict[str, str]:
-    """Dtype and shape of every leaf by name, as in `float32[768,3072]`."""
-    kind = lambda x: f"{x.dtype}[{','.join(map(str, x.shape))}]"  # noqa: E731
-    return {leaf_name(path): kind(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _first(problems: list[str], most: int = 3) -> str:

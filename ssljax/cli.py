@@ -110,6 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--config", required=True, help="file and variant, e.g. configs/clip.py:paper")
     plan.add_argument("--topology", required=True, help="e.g. v5e:16x16, v5p:4x4x4 (v5p-128), v4:4x4x4, h100:64")
     plan.add_argument("--sweep", action="store_true", help="try mesh shapes and remat policies, and rank them")
+    plan.add_argument(
+        "--failures", action="store_true", help="replay failures at Llama 3's rate: goodput, save interval"
+    )
+    plan.add_argument("--save-every", type=int, metavar="N", help="with --failures: also saving every N steps")
+    plan.add_argument(
+        "--assume", action="append", default=[], metavar="NAME=VALUE", help="with --failures; it prints what it assumes"
+    )
     plan.add_argument("--json", metavar="FILE", help="write everything as JSON; - is standard output")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. batch_size=8192 mesh.fsdp=16")
     plan.set_defaults(verb=_plan)
@@ -146,7 +153,9 @@ def _train(options: argparse.Namespace) -> None:
     from etils import epath
     from rich import print as show
 
+    from ssljax.compilation import compilation_cache
     from ssljax.config import experiment, load_config, types_of
+    from ssljax.goodput import Clock, Session, process_age
     from ssljax.summary import table
     from ssljax.train import train
 
@@ -158,15 +167,16 @@ def _train(options: argparse.Namespace) -> None:
         if options.seeds > 1:
             config.seed = int(config.to_dict().get("seed", 0)) + i
         e = experiment(config)
-        train(e, folder, wandb=options.wandb, profile=profile)
-    if jax.process_index() == 0:
-        if not options.no_report and jax.process_count() == 1:
-            from ssljax.report import write_report
+        clock = Clock(0.0 if i else process_age())
+        with compilation_cache(workdir / "compilation_cache"), Session(folder, clock) as session:
+            train(e, folder, wandb=options.wandb, profile=profile, session=session)
+            if not options.no_report and jax.process_count() == 1:
+                from ssljax.report import write_report
 
-            for folder in workdirs:
-                print(f"report: {write_report(folder, types=types_of(e))}")
-        if (result := table(workdirs)).row_count:
-            show(result)
+                with session.clock.phase("report"):
+                    print(f"report: {write_report(folder, types=types_of(e))}")
+    if jax.process_index() == 0 and (result := table(workdirs)).row_count:
+        show(result)
 
 
 def _steps(text: str) -> tuple[int, int]:
@@ -232,10 +242,16 @@ def _plan(options: argparse.Namespace) -> None:
 
     from rich.console import Console
 
+    from ssljax import failures
     from ssljax.chips import Topology
     from ssljax.plan import make_plan, ranked, ranking, show, sweep
 
     console = Console(stderr=options.json == "-", highlight=False)
+    if not options.failures and (options.assume or options.save_every is not None):
+        raise ValueError("--save-every and --assume belong to --failures")
+    if options.save_every is not None and options.save_every < 1:
+        raise ValueError(f"--save-every {options.save_every} is a number of steps, at least 1")
+    assumptions = failures.Assumptions.parse(options.assume)
     topology, question = Topology.parse(options.topology), (options.config, options.overrides)
     if options.sweep:
         plans = []
@@ -246,8 +262,13 @@ def _plan(options: argparse.Namespace) -> None:
     else:
         plans = [make_plan(*question, topology)]
         console.print(show(plans[0]))
+    best, *others = ranked(plans)
+    found = [best.as_dict(), *(plan.as_dict() for plan in others)]
+    if options.failures:
+        replayed = failures.forecast(best, assumptions, options.save_every)
+        console.print(failures.show(replayed, options.save_every))
+        found[0]["failures"] = replayed.as_dict()
     if options.json:
-        found = [plan.as_dict() for plan in ranked(plans)]
         text = json.dumps(found if options.sweep else found[0], indent=1)
         if options.json == "-":
             print(text)

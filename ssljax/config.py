@@ -145,6 +145,8 @@ def _build_dataclass(annotation: Any, value: Mapping, path: str, types_by_name: 
         raise ConfigError(
             f"{path} should be {_type_name(annotation)}; a dict here needs the key 'type', for example type='ResNet'"
         )
+    if not _accepts(annotation, cls):  # before it is made: making it may open files
+        raise ConfigError(f"{path} should be {_type_name(annotation)}, not {cls.__name__}")
     hints = typing.get_type_hints(cls)
     fields = {
         f.name: f
@@ -183,6 +185,18 @@ def _member(annotation: Any, wanted: Callable[[Any], bool]) -> Any:
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     members = typing.get_args(annotation) if union else (annotation,)
     return next((m for m in members if wanted(m)), None)
+
+
+def _accepts(annotation: Any, cls: type) -> bool:
+    """Whether objects of `cls` can be what `annotation` says."""
+
+    def can_be(member: Any) -> bool:
+        try:
+            return member is Any or (isinstance(member, type) and issubclass(cls, member))
+        except TypeError:  # a protocol with attributes
+            return True
+
+    return _member(annotation, can_be) is not None
 
 
 def _is_mapping(annotation: Any) -> bool:
@@ -245,7 +259,10 @@ def with_precision(value: Any, dtype: str | None) -> Any:
 
 def experiment(config: ConfigDict | Mapping, extra_types: Mapping[str, type] | None = None) -> Experiment:
     """The `Experiment` of a config, checked."""
-    return build(Experiment, config, "config", extra_types)
+    try:
+        return build(Experiment, config, "config", extra_types)
+    except RecursionError:
+        raise ConfigError("the config is nested too deeply") from None
 
 
 def load_variants(file: str) -> dict[str, Callable[[], ConfigDict]]:

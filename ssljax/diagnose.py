@@ -9,6 +9,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core
 
+from ssljax.rules import leaf_name
+
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters under which calls keep what they call
 _TURN = "\0"  # stands in a place for the turn of a loop, which is known only after the run
 # Operations that pass wrong values on and never make one. All others are watched.
@@ -26,8 +28,13 @@ def first_not_finite(function: Callable[..., Any], *args: Any) -> str | None:
     """The operation of `function(*args)` whose output is the first NaN (or +inf, when there is no NaN), in words.
 
     Names the module path that Flax records (`ViT/block_3/attn`; `[3]` is the turn of a loop), the operation and the
-    line of code. -inf is left out: masks are made of it. None if all is finite. Compiles a program of its own.
+    line of code, or the leaf of an argument that holds NaN already. -inf is left out: masks are made of it. None if all
+    is finite. Compiles a program of its own.
     """
+    for argument in args:
+        for path, x in jax.tree_util.tree_leaves_with_path(argument):
+            if jnp.issubdtype(x.dtype, jnp.inexact) and jnp.isnan(x).any():
+                return f"there is NaN already in {leaf_name(path) or 'what is given'}, before any operation"
     closed = jax.make_jaxpr(function)(*args)
     for wrong, what in ((jnp.isnan, "NaN"), (jnp.isposinf, "infinity")):
         watch = _Watch(wrong)

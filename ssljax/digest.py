@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, UInt32
 
+from ssljax.bounded import check_small, is_plain, parse_json
 from ssljax.rules import leaf_name
 
 MANIFEST = "digests.json"  # of a folder's files, in the folder
@@ -50,6 +51,12 @@ def digest_tree(tree: Any) -> dict[str, tuple[str, ...]]:
     return {leaf_name(path): _replicas(x.sharding, sums) for (path, x), sums in zip(leaves, found, strict=True)}
 
 
+def kinds(tree: Any) -> dict[str, str]:
+    """Dtype and shape of every leaf by name, as in `float32[768,3072]`."""
+    kind = lambda x: f"{x.dtype}[{','.join(map(str, x.shape))}]"  # noqa: E731
+    return {leaf_name(path): kind(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def json_digest(value: Any) -> str:
     """The digest of a JSON value; the order of keys does not matter."""
     # Read back first: JSON has no tuples, and its keys are strings.
@@ -71,15 +78,17 @@ def read_manifest(folder: epath.Path) -> dict[str, tuple[int, str]] | None:
     Raises:
       ValueError: the manifest itself is damaged.
     """
-    try:
-        text = (folder / MANIFEST).read_text()
-    except FileNotFoundError:
+    path = folder / MANIFEST
+    if not path.exists():
         return None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{MANIFEST} is damaged: {error}") from error
     try:
-        files = json.loads(text)["files"]
-    except (ValueError, KeyError, TypeError) as error:
+        check_small(path)
+        text = path.read_text()
+        files = parse_json(text)["files"]
+        for name, (size, digest) in files.items():
+            if {"", ".", ".."} & set(name.split("/")) or not isinstance(size, int) or not isinstance(digest, str):
+                raise ValueError(f"no name, size and digest of a file in this folder: {name!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{MANIFEST} is damaged: {error!r}") from error
     if text != _manifest(files):
         raise ValueError(f"{MANIFEST} is damaged: it does not have its own digest")
@@ -98,6 +107,8 @@ def damaged_files(folder: epath.Path, manifest: dict[str, tuple[int, str]], part
             found = path.stat().length
             if found != size:
                 problems.append(f"{name} has {found:,} bytes, not {size:,}")
+            elif not is_plain(path):  # a pipe could block for ever
+                problems.append(f"{name} is not a plain file")
             elif i % parts == part and (other := _file_digest(path)) != digest:
                 problems.append(f"{name} was changed: its digest is {other[:8]}..., not {digest[:8]}...")
         except FileNotFoundError:

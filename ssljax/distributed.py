@@ -71,6 +71,11 @@ def detect(
 def initialize(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Launch:
     """Joins the other processes of the run, if there are any. Call it before anything touches a device."""
     launch = detect(os.environ, coordinator, processes, process)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if launch.kind != "single process" or "xla_force_host_platform_device_count" in flags:
+        # Collectives of a program must meet in one order on all CPU devices. A device blocks in each, so where cores
+        # are fewer than devices, those that wait in one would keep the others from the next.
+        os.environ["XLA_FLAGS"] = f"--xla_cpu_enable_concurrency_optimized_scheduler=false {flags}"
     if launch.kind == "single process":
         return launch
     if os.environ.get("JAX_PLATFORMS", "") == "cpu":
@@ -78,9 +83,6 @@ def initialize(coordinator: str | None = None, processes: int | None = None, pro
         # Programs that do not depend on each other may otherwise run side by side, in another order on each process, so
         # that messages of different programs meet. (Accelerators run programs in order.)
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-        # The same inside a program: its all-reduces must meet in one order on all processes.
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_enable_concurrency_optimized_scheduler=false"
     if launch.coordinator is None:
         jax.distributed.initialize()  # finds the others by itself
     else:

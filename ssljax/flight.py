@@ -43,6 +43,12 @@ class Flight:
         return bool(self._steps)
 
     @property
+    def device_is_busy(self) -> bool:
+        """Whether the newest step is not done."""
+        newest: Any = self._steps[-1][1].tally if self._steps else None
+        return newest is not None and not newest.is_ready()
+
+    @property
     def refused_too_often(self) -> bool:
         """Whether the guard's patience is at its end."""
         return self._progress.in_a_row >= self._experiment.guard.in_a_row

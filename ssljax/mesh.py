@@ -84,6 +84,11 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh, min_size: int) -> Any:
     )
 
 
+def abstract_like(tree: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of `tree` with `shardings`, placed but not there yet."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Rows of the global batch over the replica and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH))

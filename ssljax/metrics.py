@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ssljax.bounded import parse_json, read_lines
+from ssljax.goodput import Clock
 
 # Dense bf16 peak of one device, FLOP/s, by `device_kind`. (Vendors' data sheets, without sparsity.)
 PEAK_FLOPS = {
@@ -158,9 +159,13 @@ def _clock(seconds: float) -> str:
 
 
 class Meter:
-    """Throughput between log steps: images/s, share of time spent waiting for data, model FLOP/s and MFU."""
+    """Throughput between log steps: images/s, share of time spent waiting for data, model FLOP/s and MFU.
 
-    def __init__(self, step_fn: Any, batch_size: int, mesh: jax.sharding.Mesh):
+    And the goodput of the whole session.
+    """
+
+    def __init__(self, step_fn: Any, batch_size: int, mesh: jax.sharding.Mesh, clock: Clock):
+        self._clock = clock
         # XLA counts the program of one device.
         self._flops = float((step_fn.cost_analysis() or {}).get("flops", 0.0))
         self._batch, self._devices, self._peak = batch_size, mesh.size, peak_flops(mesh.devices.flat[0])
@@ -187,6 +192,7 @@ class Meter:
             "images_per_second_per_device": per_second * self._batch / self._devices,
             "data_wait": self._waited / elapsed,
             "flops_per_second_per_device": per_second * self._flops,
+            "goodput": self._clock.goodput(),
         }
         if self._peak:
             figures["mfu"] = per_second * self._flops / self._peak

@@ -54,6 +54,7 @@ class Plan:
     micro_batches: int
     in_parts: bool  # whether the method can encode more micro-batches
     steps: int
+    state: float  # bytes of the whole train state: what a checkpoint holds
     capacity: float  # bytes that programs can have
     memory: dict[str, float]  # bytes: the state by part, batch, outputs not in place of inputs, temporaries, code
     flops: float  # of matrix products, what is rematerialised counted again
@@ -185,6 +186,7 @@ def make_plan(spec: str, overrides: Sequence[str], topology: Topology) -> Plan:
         micro_batches=e.micro_batches,
         in_parts=getattr(e.method, "supports_micro_batches", False),
         steps=e.steps,
+        state=float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.state_shapes))),
         capacity=capacity,
         memory=memory,
         flops=flops,

@@ -11,12 +11,11 @@ import optax
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ssljax.checkpoint import abstract_like
 from ssljax.config import Experiment, resolve, with_precision
 from ssljax.data import Batches, HostTransform, train_batches, typical_sample
 from ssljax.encode import Encoder
 from ssljax.guard import choose
-from ssljax.mesh import batch_sharding, check_batch_size, global_batch, process_rows, shardings
+from ssljax.mesh import abstract_like, batch_sharding, check_batch_size, global_batch, process_rows, shardings
 from ssljax.method import Context
 from ssljax.optim import make_optimizer
 from ssljax.shards import check_mesh, compiler_options, in_shards, views_of
@@ -58,9 +57,9 @@ class Run:
         self.eval_transform = HostTransform(e.data.size, e.data.eval_view.host_crops, e.data.tokenizer)
         self.batch_shapes = batch_shapes or self._read_batch_shapes()
         self.init_key, self.step_key = jax.random.split(jax.random.key(e.seed))
-        params = jax.eval_shape(self._init_method)[0]
-        self.optimizer = make_optimizer(e.optim, params, e.steps, e.batch_size)
-        self.state_shapes = jax.eval_shape(self._init)
+        parts = jax.eval_shape(self._init_method)
+        self.optimizer = make_optimizer(e.optim, parts[0], e.steps, e.batch_size)
+        self.state_shapes = jax.eval_shape(self._assemble, *parts)
         self.state_shardings = shardings(self.state_shapes, self.mesh, e.mesh.min_size)
 
     def init(self) -> TrainState:
@@ -149,9 +148,10 @@ class Run:
         batch = abstract_like(self.batch_shapes, {name: batch_sharding(self.mesh) for name in self.batch_shapes})
         replicated = NamedSharding(self.mesh, PartitionSpec())
         step = jax.jit(self.step, donate_argnums=0, out_shardings=(self.state_shardings, replicated, replicated))
-        lowered = step.trace(state, batch).lower(lowering_platforms=(platform,) if platform else None)
-        on = self.mesh.devices.flat[0].platform
-        return lowered.compile(compiler_options(on) if self.experiment.deterministic else None)
+        options = compiler_options(self.mesh.devices.flat[0].platform) if self.experiment.deterministic else None
+        with jax.set_mesh(self.mesh):  # every thread has its own
+            lowered = step.trace(state, batch).lower(lowering_platforms=(platform,) if platform else None)
+            return lowered.compile(options)
 
     def encoder(self, method: Any = None) -> Encoder:
         """The frozen encoder of the run's method (or of another with `features`)."""
@@ -185,7 +185,10 @@ class Run:
         return self.experiment.method.init(self.init_key, one_row)
 
     def _init(self) -> TrainState:
-        params, method_state = self._init_method()
+        return self._assemble(*self._init_method())
+
+    def _assemble(self, params: Any, method_state: Any) -> TrainState:
+        """The state before the first step."""
         average = None if self.experiment.optim.ema is None else params
         guard = self.experiment.guard.init()
         return TrainState(jnp.int32(0), params, self.optimizer.init(params), method_state, average, guard)

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -17,14 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from small import quick_compilation, simclr  # noqa: F401
 
 import ssljax
-from ssljax.checkpoint import CheckpointError, Checkpoints, CheckpointStore, DamagedCheckpoint, abstract_like
+from ssljax.checkpoint import CheckpointError, Checkpoints, CheckpointStore, DamagedCheckpoint
 from ssljax.cli import main
 from ssljax.digest import MANIFEST, array_digest, digest_tree, json_digest, write_manifest
+from ssljax.mesh import abstract_like
 from ssljax.metrics import MetricLog, read_records
 from ssljax.state import TrainState
 from ssljax.train import train
@@ -229,6 +232,62 @@ def test_any_damaged_file_is_named(workdir, damage):
         assert step == 2
         assert name in report
         file.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"../../secret": [4, "x"]},
+        {"/etc/passwd": [4, "x"]},
+        {"state//x": [4, "x"]},
+        {"x": ["4", "x"]},
+        {"x": [4, None]},
+        {"x": [4]},
+        {"x": 4},
+        ["x"],
+        "x",
+    ],
+)
+def test_forged_manifests(workdir, files):
+    """Whoever writes a checkpoint can write matching digests; what they name is still only the checkpoint's files."""
+    (workdir / "secret").write_text("1234")
+    manifest = workdir / "checkpoints/3" / MANIFEST
+    manifest.write_text(json.dumps({"files": files, "digest": json_digest(files)}))
+    step, (report,) = newest_good(workdir)
+    assert step == 2
+    assert f"{MANIFEST} is damaged: " in report
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (" " * 2**22 + "{}", r"has 4,194,306 bytes, over the limit"),
+        ("[" * 10**6, r"cannot be read"),
+        ('{"custom_metadata": {"record": {"progress": 1, "metadata": {}, "arrays": {}}, "digest": ""}}', "not a dict"),
+        ('{"custom_metadata": {"record": {"progress": {}, "metadata": {}, "arrays": {"x": 1}}, "digest": ""}}', "kind"),
+        ('{"custom_metadata": {"record": {"attributes": {}}, "digest": ""}}', "unexpected keyword"),
+        ('{"custom_metadata": []}', "cannot be read"),
+    ],
+)
+def test_forged_metadata(workdir, text, message):
+    (workdir / "checkpoints/3/_CHECKPOINT_METADATA").write_text(text)
+    write_manifest(epath.Path(workdir / "checkpoints/3"))
+    step, (report,) = newest_good(workdir)
+    assert step == 2
+    assert re.search(message, report)
+
+
+def test_a_pipe_in_a_checkpoint_blocks_nobody(workdir):
+    file = next(file for file in files_of(workdir / "checkpoints/3") if "_METADATA" in file.name)
+    manifest = workdir / "checkpoints/3" / MANIFEST
+    files = json.loads(manifest.read_text())["files"]
+    files[file.relative_to(manifest.parent).as_posix()][0] = 0
+    manifest.write_text(json.dumps({"files": files, "digest": json_digest(files)}))
+    file.unlink()
+    os.mkfifo(file)
+    step, (report,) = newest_good(workdir)
+    assert step == 2
+    assert "is not a plain file" in report
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # readers that Orbax leaves behind
@@ -462,7 +521,7 @@ def test_a_run_goes_on_from_the_newest_good_checkpoint(tmp_path, capsys, monkeyp
     unbroken = train(experiment, tmp_path, devices=devices).state
     records = [r["loss"] for r in read_records(tmp_path) if "loss" in r]
     assert main(["check", str(tmp_path), "--arrays"]) == 0
-    assert capsys.readouterr().out.count("good") == 5  # three checkpoints, config.json and metrics.jsonl
+    assert capsys.readouterr().out.count("│ good") == 5  # three checkpoints, config.json and metrics.jsonl
     for step, bit in ((4, 77), (3, 7777)):
         flip(max(files_of(tmp_path / f"checkpoints/{step}"), key=lambda file: file.stat().st_size), bit)
 

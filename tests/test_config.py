@@ -1,3 +1,4 @@
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ssljax.config import (
     resolve,
     with_precision,
 )
+from ssljax.data import Source
 from ssljax.listing import config_files
 from ssljax.methods import SimCLR
 from ssljax.models import ResNet
@@ -91,6 +93,55 @@ def test_mistakes_name_the_key_and_what_is_valid(config, override, message):
 
     with pytest.raises((ConfigError, ValueError, OSError), match=message):
         build_with_override()
+
+
+def test_only_what_belongs_there_is_made(config, tmp_path):
+    """A saved config may name any public class: one in the wrong place is not made, as making it may open files."""
+    made = []
+
+    @dataclass(frozen=True)
+    class Opens:
+        def __post_init__(self):
+            made.append(self)
+
+    for place in ("optim", "method", "method.encoder", "checkpoint"):
+        changed = config.copy_and_resolve_references()
+        with changed.unlocked():
+            *parents, last = place.split(".")
+            node = functools.reduce(getattr, parents, changed)
+            node[last] = ConfigDict({"type": "Opens"})
+        with pytest.raises(ConfigError, match=rf"config.{place} should be .*, not Opens"):
+            experiment(changed, {"Opens": Opens})
+    assert not made
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A source of what another one has."""
+
+    source: Source
+
+    @property
+    def classes(self):
+        return self.source.classes
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        return self.source[index]
+
+
+def test_endless_nesting(config):
+    nested = {"type": "Digits"}
+    for _ in range(2000):
+        nested = {"type": "Wrapper", "source": nested}
+    plain = config.to_dict()
+    plain["data"]["train"] = nested
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        experiment(plain, {"Wrapper": Wrapper})
+    plain["data"]["train"] = {"type": "Wrapper", "source": {"type": "Wrapper", "source": {"type": "Digits"}}}
+    assert len(experiment(plain, {"Wrapper": Wrapper}).data.train) > 0
 
 
 def test_missing_keys_are_named(config):

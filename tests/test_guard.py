@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from small import quick_compilation, simclr  # noqa: F401
 
-from ssljax.checkpoint import CheckpointStore, abstract_like
+from ssljax.checkpoint import CheckpointStore
 from ssljax.data import Digits
 from ssljax.data.shuffle import shuffled
 from ssljax.diagnose import first_not_finite
 from ssljax.flight import DivergedError
 from ssljax.guard import Guard, why_refused
+from ssljax.mesh import abstract_like
 from ssljax.metrics import read_records
 from ssljax.models import ViT
 from ssljax.run import Run
@@ -241,3 +242,9 @@ def test_backward_passes_and_infinities_are_searched_too():
     assert place is not None
     assert "the first infinity comes out of `exp`" in place
     assert first_not_finite(lambda x: jnp.where(x > 0, x, -jnp.inf).max(), jnp.arange(3.0)) is None
+
+
+def test_what_is_given_may_be_nan_already():
+    batch = {"index": jnp.arange(2), "audio": jnp.array([1.0, jnp.nan])}
+    place = first_not_finite(lambda params, batch: (params * batch["audio"]).sum(), jnp.float32(2), batch)
+    assert place == "there is NaN already in audio, before any operation"

@@ -181,8 +181,11 @@ def test_reports_show_every_string_as_text(tmp_path):
     (workdir / "parameters.txt").write_text(f"{NASTY}\n{NASTY} in 5")
     bad = [{"index": i, "key": NASTY + "k" * 10**5, "reason": NASTY + "r" * 10**5} for i in range(3)]
     (workdir / "bad_samples.jsonl").write_text("".join(json.dumps(b) + "\n" for b in bad) + "[" * 100_000 + NASTY)
+    happened = [{"step": i, "time": 1.0, "kind": NASTY, "text": NASTY + "t" * 10**5} for i in range(30)]
+    (workdir / "incidents.jsonl").write_text("".join(json.dumps(h) + "\n" for h in happened) + "[" * 100_000)
     page = read_page(write_report(workdir))
     assert "alert(1)" in page.text
+    assert "The latest 12 of 31." in page.text
     assert "4 samples could not be read" in page.text
     assert len(page.raw) < 200_000  # the longest texts are cut
     assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\u202a-\u202e\u2066-\u2069]", page.raw)

@@ -29,8 +29,8 @@ from ssljax.train import train
 from ssljax.views import View, Views
 
 HOSTILE = ("<script>alert(1)<", '"><img src=x onerror=alert(2)>', "Tom & <b>Jerry")
-SECTIONS = ["Results", "Curves", "Collapse diagnostics", "Nearest neighbours", "Patch features", "Map of the features",
-            "Augmentations", "Bad samples", "Config"]  # fmt: skip
+SECTIONS = ["Results", "Curves", "Collapse diagnostics", "Where the time went", "Nearest neighbours", "Patch features",
+            "Map of the features", "Augmentations", "Bad samples", "Config"]  # fmt: skip
 
 
 ALLOWED = """html head meta title style body main header section h1 h2 h3 p div span b ul ol li details summary pre
@@ -172,7 +172,7 @@ def test_data_that_are_gone_cost_only_the_pictures(run):
         page = read(write_report(workdir))
     finally:
         moved.rename(folder)
-    assert page.headings == [*SECTIONS[:3], "Pictures", "Augmentations", *SECTIONS[-2:]]
+    assert page.headings == [*SECTIONS[:4], "Pictures", "Augmentations", *SECTIONS[-2:]]
     assert "This part failed" not in page.text
     assert page.text.count(f"there is no folder {folder}") == 3  # evaluation, training, augmentations
     assert not page.values("src")
@@ -229,7 +229,7 @@ def sketch(tmp_path_factory) -> Path:
 def test_few_pictures_without_labels(sketch, n, skipped):
     source = Arrays({"image": photos(n), "key": [f"<i>{i}" for i in range(n)]})
     page = read(write_report(sketch, source, types={"Sketch": Sketch}))
-    assert page.headings[3:8] == [*SECTIONS[3:7], "The method's pictures"]
+    assert page.headings[4:9] == [*SECTIONS[4:8], "The method's pictures"]
     assert "This part failed" not in page.text
     # One picture has no neighbours and makes no map; the run has neither evaluations, nor embeddings, nor bad samples.
     assert page.values("class").count("skipped") == 3 + skipped
@@ -279,11 +279,13 @@ def test_a_run_without_records(run, tmp_path, config):
     if not config:
         (workdir / "config.json").unlink()
     (workdir / "bad_samples.jsonl").write_text('{"key": "<u>", "reason": "<s>"}\n{"key": cut')
+    (workdir / "incidents.jsonl").write_text('{"step": 7, "kind": "rewind", "text": "going back to step 4"}\n')
     page = read(write_report(workdir))
     assert "This part failed" not in page.text
     assert "Nothing has been logged yet." in page.text
     assert "2 samples could not be read" in page.text
     assert "<u>" in page.text
+    assert page.words[page.words.index("rewind") - 1 :][:3] == ["7", "rewind", "going back to step 4"]
 
 
 def test_captions_are_ranked_and_escaped(tmp_path):

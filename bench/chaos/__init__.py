@@ -27,16 +27,17 @@ import cv2
 import jax
 import numpy as np
 
-from ssljax.checkpoint import CheckpointStore, abstract_like
+from ssljax.checkpoint import CheckpointStore
 from ssljax.config import experiment, load_config
 from ssljax.data import Digits
+from ssljax.mesh import abstract_like
 from ssljax.metrics import read_records
 from ssljax.run import Run
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = Path(__file__).parent / "config.py"
 MOMENTS = ("start", "step", "save")
-CLOCK = ("time", "per_second", "data_wait")  # metrics that depend on the clock
+CLOCK = ("time", "per_second", "data_wait", "goodput")  # metrics that depend on the clock
 PATIENCE = 300.0  # seconds that a process may take for anything
 
 
@@ -93,8 +94,6 @@ class Training:
     def variables(self, devices: int = 1) -> dict[str, str]:
         """The environment of a process with so many CPU devices."""
         flags = f"--xla_force_host_platform_device_count={devices}"
-        if devices > 1:  # or the devices' collectives can block each other, see tests/conftest.py
-            flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
         return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, **self.environment}
 
     def finish(self, processes: int | None = None, devices: int = 1) -> None:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import cv2
@@ -33,16 +35,13 @@ class Digits:
 
     @cached_property
     def _arrays(self) -> Arrays:
-        from sklearn.datasets import load_digits  # slow to import
-
-        digits: Any = load_digits()
-        labels = np.asarray(digits.target, np.int32)
+        pixels, labels = _read_digits()
         test = np.zeros(len(labels), bool)
         for digit in range(10):
             (of_class,) = np.nonzero(labels == digit)
             test[of_class[np.linspace(0, len(of_class) - 1, 50).round().astype(int)]] = True
         (chosen,) = np.nonzero(test if self.split == "test" else ~test)
-        grey = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+        grey = np.round(pixels[chosen] * (255 / 16)).astype(np.uint8)
         grey = np.stack([cv2.resize(g, (self.size, self.size), interpolation=cv2.INTER_CUBIC) for g in grey])
         images = np.repeat(grey[..., None], 3, axis=-1)
         keys = [f"digits[{i}]" for i in chosen]
@@ -62,3 +61,17 @@ class Digits:
 
     def __getitem__(self, index: int) -> Record:
         return self._arrays[index]
+
+
+def _read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """(pixels `[1797, 8, 8]` from 0 to 16, int32 labels) as `sklearn.datasets.load_digits` has them."""
+    spec = find_spec("sklearn")
+    file = Path(spec.origin).parent / "datasets/data/digits.csv.gz" if spec and spec.origin else Path()
+    if file.is_file():
+        table = np.loadtxt(file, delimiter=",")
+    else:  # kept elsewhere; importing sklearn takes more than a second
+        from sklearn.datasets import load_digits
+
+        data: Any = load_digits()
+        table = np.column_stack([data.data, data.target])
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int32)

@@ -4,7 +4,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
@@ -118,6 +117,8 @@ def print_summary(summary: dict[str, Any], console: Console | None = None, most:
 
 def contact_sheet(records: list[Record], pictures: list[np.ndarray | None], classes: tuple[str, ...]) -> Image.Image:
     """The pictures (uint8 `[H,W,3]`, None = unreadable) on a grid, with their text, class or key below."""
+    import matplotlib  # for its font only, and slow to import
+
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 11)
     titles = [_wrap(_title(record, classes), font) for record in records]
     columns = min(len(records), max(4, round((1.4 * len(records)) ** 0.5)))

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from ssljax.axes import batch_axes, batch_shards
-from ssljax.losses import kernels, sweep
+from ssljax.losses import sweep
 from ssljax.losses.sweep import Law, Results, Tower
 
 GATHER_LIMIT = 2**30  # bytes: of a gathered tower and its gradient, on each device
@@ -148,16 +148,25 @@ def _shard_map(function: Any, *, in_specs: Any, out_specs: Any) -> Any:
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=not TPU_KERNELS)
 
 
+def _kernels(rows: Tower, columns: Tower) -> Any:
+    """The module of the kernels, where they are on and fit."""
+    if not TPU_KERNELS:
+        return None
+    from ssljax.losses import kernels  # Pallas is slow to import
+
+    return kernels if kernels.fits(rows, columns) else None
+
+
 def _sweep_forward(law: Law, rows: Tower, columns: Tower, bias: Array | None) -> tuple:
     forms = {name: partial(sweep.forward, law, tile=tile) for name, tile in TILE.items()}
-    if TPU_KERNELS and kernels.fits(rows, columns):
+    if (kernels := _kernels(rows, columns)) is not None:
         forms["tpu"] = partial(kernels.forward, law, tile=KERNEL_TILE)
     return jax.lax.platform_dependent(rows, columns, bias, **forms)
 
 
 def _sweep_backward(law: Law, both: bool, rows: Tower, columns: Tower, *others: Any) -> tuple:
     forms = {name: partial(sweep.backward, law, tile=tile, column_gradient=both) for name, tile in TILE.items()}
-    if TPU_KERNELS and kernels.fits(rows, columns):
+    if (kernels := _kernels(rows, columns)) is not None:
         forms["tpu"] = partial(kernels.backward, law, tile=KERNEL_TILE, column_gradient=both)
     return jax.lax.platform_dependent(rows, columns, *others, **forms)
 

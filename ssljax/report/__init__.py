@@ -57,6 +57,8 @@ def write_report(
         _part("Results", lambda: numbers.results(records, measured)),
         _part("Curves", lambda: numbers.curves(records)),
         _part("Collapse diagnostics", lambda: numbers.diagnostics(records)),
+        _part("Where the time went", lambda: numbers.time_spent(workdir)),
+        _part("Incidents", lambda: numbers.incidents(workdir)),
         _part("Pictures", lambda: _pictures(load(workdir, types=types), config, shown, types)),
         _part("Bad samples", lambda: numbers.bad_samples(workdir)),
         _part("Config", lambda: numbers.configuration(config, parameters)),
@@ -94,7 +96,7 @@ def _pictures(
     return join(*parts)
 
 
-def _part(title: str, write: Callable[[], Html]) -> Html:
+def _part(title: str, write: Callable[[], Html | None]) -> Html | None:
     """A part of the page, or the reason why it is not there."""
     try:
         return write()

@@ -124,6 +124,23 @@ def _curve(line: Line, color: str, x_of: Scale, y_of: Scale) -> list[str]:
     return [*bands, *paths, *dots]
 
 
+def share_bar(title: str, parts: Sequence[tuple[str, float, str, str]]) -> Html:
+    """A figure of the parts of a whole as one bar: (name, share of 0 to 1, colour, text for the legend) of each."""
+    width, height, x = 1000, 26, 0.0
+    drawing = []
+    for name, share, color, text in parts:
+        hint = el("title", f"{name}: {text}")
+        box = f"M{_n(x)},0h{_n(width * share)}v{height}h{_n(-width * share)}z"
+        drawing.append(el("g", hint, el("path", d=box, fill=color)))
+        x += width * share
+    alt = f"{title}: " + ", ".join(f"{name} {text}" for name, _, _, text in parts)
+    return el(
+        "figure",
+        el("svg", *drawing, viewBox=f"0 0 {width} {height}", role="img", aria_label=alt),
+        _legend([(f"{name}  {text}", mark(2, color)) for name, _, color, text in parts]),
+    )
+
+
 def scatter(title: str, points: np.ndarray, groups: np.ndarray, names: Sequence[str]) -> Html:
     """A square figure of points `[n, 2]`; `groups[i]` is the position in `names`, or -1 for a point in grey."""
     side, margin = 340, 8

@@ -1,12 +1,14 @@
-"""The parts of the report that need a run's files alone: header, results, curves, bad samples, config."""
+"""The parts of the report that need a run's files alone: header, results, curves, incidents, bad samples, config."""
 
 import json
 import math
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ import ssljax
 from ssljax.bounded import parse_json, read_lines
 from ssljax.config import build
 from ssljax.describe import flatten
+from ssljax.goodput import PARTS, Record, duration, read_sessions, run_goodput, split_steps
 from ssljax.optim import Optim
-from ssljax.report.charts import Line, line_chart
+from ssljax.report.charts import Line, line_chart, share_bar
 from ssljax.report.health import curve, verdict
-from ssljax.report.page import Html, el, join, lead, section, short_text, table
+from ssljax.report.page import COLORS, Html, el, join, lead, section, short_text, table
 from ssljax.summary import Figure
 
 Records = Sequence[Mapping[str, Any]]
@@ -44,9 +47,14 @@ _COLLAPSE: Mapping[str, tuple[str, str, tuple[float, ...]]] = {
 }
 # Metrics with a chart of their own, and those another chart or the log says already.
 _KNOWN = ("loss", "learning_rate", "grad_norm", "images_per_second", "data_wait", "mfu")
-_SKIPPED = ("step", "time", "bad_samples", "images_per_second_per_device", "flops_per_second_per_device")
+_PER_DEVICE = ("images_per_second_per_device", "flops_per_second_per_device")
+_SKIPPED = ("step", "time", "bad_samples", "refused_steps", "goodput", *_PER_DEVICE)
 _MOST_CHARTS = 24  # of a method's own metrics, and of evaluations
 _BAD_SHOWN = 8
+_INCIDENTS_SHOWN = 12
+_SESSIONS_SHOWN = 12
+# Colours of where the time went: grey for down, the strongest warning for lost work.
+_PARTS = dict(zip(PARTS, (COLORS[0], COLORS[1], "#aab1ba", *COLORS[2:], "#8c6d31", "#7fc97f"), strict=True))
 
 
 def header(method: str, paper: str, config: Mapping[str, Any], records: Records, parameters: str) -> Html:
@@ -205,32 +213,78 @@ def diagnostics(records: Records) -> Html:
     )
 
 
+def time_spent(workdir: epath.Path) -> Html:
+    """Goodput of the run, a bar of where its time went, and the sessions."""
+    title, sessions = "Where the time went", read_sessions(workdir)
+    total = run_goodput(sessions)
+    if not total.wall:
+        return section(title, el("p", "This run has no record of its sessions.", class_="skipped"))
+    several = f", in {len(sessions)} sessions" if len(sessions) > 1 else ""
+    said = f"Goodput {100 * total.goodput:.1f} %: the share of {duration(total.wall)}{several}, that went into steps "
+    said += "which count. Lost: steps that were done again or skipped. Down: between sessions."
+    parts = [
+        (name, seconds / total.wall, _PARTS[name], f"{100 * seconds / total.wall:.1f} % ({duration(seconds)})")
+        for name, seconds in total.seconds.items()
+        if seconds >= 0.0005 * total.wall
+    ]
+    rows = [_session(session, sessions[i + 1 :]) for i, session in enumerate(sessions)]
+    listed = table(
+        ("started, UTC", "steps done", "lasted", "goodput", "first step after", "end"), rows[-_SESSIONS_SHOWN:]
+    )
+    earlier = f"The last {_SESSIONS_SHOWN} of {len(rows)} sessions." if len(rows) > _SESSIONS_SHOWN else None
+    return section(title, lead(said), share_bar(title, parts), earlier and lead(earlier), listed)
+
+
+def _session(session: Record, later: Sequence[Record]) -> tuple[str, ...]:
+    seconds = split_steps(session, later)
+    after = session.first_step_after
+    return (
+        f"{datetime.fromtimestamp(session.started, UTC):%Y-%m-%d %H:%M:%S}",
+        "none" if session.first_step is None else f"{session.first_step:,} to {session.last_step:,}",
+        duration(sum(seconds.values())),
+        f"{100 * seconds['step'] / max(sum(seconds.values()), 1e-9):.1f} %",
+        "-" if after is None else duration(after),
+        session.end or ("killed" if later else "under way, or killed"),
+    )
+
+
 def bad_samples(workdir: epath.Path) -> Html:
     """How many samples could not be read, and the first of them."""
-    path = workdir / "bad_samples.jsonl"
-    rows, count = [], 0
-    if path.exists():
-        with path.open("r") as file:
-            for line in read_lines(file):
-                count += 1
-                if count <= _BAD_SHOWN:
-                    rows.append(_bad_sample(line))
+    entries = _entries(workdir / "bad_samples.jsonl", ("key", "reason"))
+    rows = list(islice(entries, _BAD_SHOWN))
+    count = len(rows) + sum(1 for _ in entries)
     if not count:
         return section("Bad samples", el("p", "None: every sample could be read.", class_="skipped"))
     what = f"{count:,} sample{'s' if count > 1 else ''} could not be read and gave way to another."
     return section("Bad samples", lead(what), table(("key", "reason"), rows, "texts"))
 
 
-def _bad_sample(line: str) -> tuple[str, str]:
-    """(key, reason), cut to a readable length; a line cut short by a crash is shown as it is."""
-    try:
-        entry = parse_json(line)
-        key, reason = entry["key"], entry["reason"]
-        if isinstance(key, str | int) and isinstance(reason, str):
-            return short_text(str(key)), short_text(reason)
-    except (ValueError, KeyError, TypeError):
-        pass
-    return "?", short_text(line)
+def incidents(workdir: epath.Path) -> Html | None:
+    """Refused steps, rewinds, damaged checkpoints: how many, and the latest. None if there were none."""
+    rows: deque[tuple[str, ...]] = deque(maxlen=_INCIDENTS_SHOWN)
+    count = 0
+    for entry in _entries(workdir / "incidents.jsonl", ("step", "kind", "text")):
+        rows.append(entry)
+        count += 1
+    if not count:
+        return None
+    latest = f"The latest {len(rows)} of {count:,}." if count > len(rows) else f"{count} in all."
+    return section("Incidents", lead(latest), table(("step", "kind", "what happened"), list(rows), "texts"))
+
+
+def _entries(path: epath.Path, fields: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """These fields of every line, cut to a readable length; a line cut short by a crash is shown as it is."""
+    if not path.exists():
+        return
+    with path.open("r") as file:
+        for line in read_lines(file):
+            try:
+                values = [parse_json(line)[name] for name in fields]
+                if not all(isinstance(value, str | int) for value in values):
+                    raise ValueError
+            except (ValueError, KeyError, TypeError):
+                values = ["?"] * (len(fields) - 1) + [line]
+            yield tuple(short_text(str(value)) for value in values)
 
 
 def configuration(config: Mapping[str, Any], parameters: str) -> Html:

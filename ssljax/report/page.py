@@ -82,7 +82,7 @@ def lead(*text: str | None) -> Html:
     return el("p", *text, class_="lead")
 
 
-def document(title: str, *body: str) -> str:
+def document(title: str, *body: str | None) -> str:
     """The whole page. Should a hole remain, its content security policy forbids scripts and all of the network."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = el(
@@ -141,6 +141,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 .charts { display: grid; gap: 20px 26px;
   grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); }
 figure { margin: 0; min-width: 0; }
+figure + .scroll { margin-top: 12px; }
 figcaption { font-size: 13.5px; display: flex; justify-content: space-between; gap: 12px; overflow-wrap: anywhere; }
 figcaption span { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .aid, .legend { color: var(--soft); font-size: 12.5px; line-height: 1.4; }

@@ -1,0 +1,116 @@
+"""What soundness costs a run without faults: `JAX_PLATFORMS=cpu python -m bench.guard`, ten minutes.
+
+The guard: a step with it and one without it, in turn; the medians of their ratios, in wall-clock time and in CPU
+seconds. The middle column compares two copies of the step without it, so it says how far the figures can be trusted.
+The comparison of copies: on two virtual devices, its time over a step's, also spread over `guard.replicas_every` steps.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=2 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+)
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ssljax.config import Experiment, experiment, load_config
+from ssljax.guard import Guard
+from ssljax.mesh import batch_sharding
+from ssljax.run import Run
+from ssljax.soundness import Soundness
+
+REPEATS = 25
+MODELS = {
+    "SimCLR, ResNet-18, batch 64": ("configs/simclr.py:cifar10_mini", ("batch_size=64",)),
+    "SimCLR, ViT-S/16 at 64 pixels, batch 16": (
+        "configs/simclr.py:digits",
+        (
+            "method.encoder={'type': 'ViT', 'size': 'S', 'patch': 16, 'image_size': 64}",
+            "data.size=64",
+            "data.views.views.x1.size=64",
+            "data.views.views.x2.size=64",
+            "data.eval_view.views.image.size=64",
+            "batch_size=16",
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class NoGuard(Guard):
+    """Takes every step: XLA then drops the choice, and the rest of the guard with it."""
+
+    def judge(self, seen: Any, loss: Any, grad_norm: Any, metrics: Any) -> Any:
+        return jnp.bool_(True), seen, {"loss": jnp.float32(0), "grad_norm": jnp.float32(0)}
+
+
+class Turn:
+    """A compiled step and its state."""
+
+    def __init__(self, e: Experiment, devices: int):
+        self.run = Run(e, jax.devices()[:devices])
+        self.soundness = Soundness(self.run.state_shapes, self.run.state_shardings, self.run.mesh)
+        with jax.set_mesh(self.run.mesh):
+            self.step, self.state = self.run.compile_step(), self.run.init()
+            draw = np.random.default_rng(0)
+            self.batch = {
+                name: jax.device_put(draw.integers(0, 2, x.shape).astype(x.dtype), batch_sharding(self.run.mesh))
+                for name, x in self.run.batch_shapes.items()
+            }
+            self.batch["stop"] &= False
+
+    def __call__(self) -> tuple[float, float]:
+        """(wall-clock seconds, CPU seconds) of a step."""
+        with jax.set_mesh(self.run.mesh):
+            return timed(self._take)
+
+    def compare_copies(self) -> float:
+        """Wall-clock seconds."""
+        with jax.set_mesh(self.run.mesh):
+            return timed(lambda: self.soundness.check_copies(self.state))[0]
+
+    def _take(self) -> None:
+        self.state = jax.block_until_ready(self.step(self.state, self.batch)[0])
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def main() -> None:
+    table = Table(title=f"guard on over off; {os.cpu_count()} cores, jax {jax.__version__}, medians of {REPEATS}")
+    for column in ("model", "off / off", "on / off", "on / off, CPU seconds", "comparison / step", "spread over steps"):
+        table.add_column(column)
+    for name, (spec, overrides) in MODELS.items():
+        config = load_config(spec, overrides)
+        config.data.train, config.evals = None, {}
+        e = experiment(config)
+        off = replace(e, guard=NoGuard())
+        turns = [Turn(off, 1), Turn(off, 1), Turn(e, 1)]
+        times = np.array([[turn() for turn in turns] for _ in range(REPEATS + 2)])[2:]  # [repeat, turn, clock]
+        ratios = np.median(times[:, 1:] / times[:, :1], axis=0)
+        assert int(turns[2].state.step) == REPEATS + 2, "a step was refused"
+        two = Turn(e, 2)
+        share = statistics.median(two.compare_copies() / two()[0] for _ in range(6))
+        table.add_row(
+            name,
+            *(f"{x:.3f}" for x in (ratios[0, 0], ratios[1, 0], ratios[1, 1])),
+            f"{share:.2f}",
+            f"{share / e.guard.replicas_every:.3%}",
+        )
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()
