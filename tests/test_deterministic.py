@@ -92,7 +92,7 @@ def bits(e, devices, state):
 
 @pytest.mark.parametrize(
     ("make", "overrides", "taken", "devices"),
-    [(vit, ("micro_batches=2",), 3, (1, 8)), (resnet, (), 4, (1, 2, 4, 8)), (towers, (), 4, (1, 2, 8))],
+    [(vit, ("micro_batches=2",), 3, (1, 8)), (resnet, (), 4, (1, 2, 4, 8)), (towers, (), 4, (1, 8))],
 )
 def test_same_bits_on_any_number_of_devices(make, overrides, taken, devices):
     """Parameters, optimiser, batch statistics, losses, gradient norms, embeddings. One step of the ViT is refused."""
