@@ -57,6 +57,7 @@ class Experiment:
     steps: int
     batch_size: int  # global
     micro_batches: int = 1  # encode the batch in so many parts, one loss over all: less memory, a third more work
+    deterministic: int = 0  # logical shards of a batch, 2^k: the same bits on 1, 2, ... 2^(k-1) devices; 0: off
     optim: Optim = Optim()
     mesh: Mesh = Mesh()
     precision: Literal["float32", "bf16"] = "float32"  # of the computation; parameters, losses, statistics: float32
@@ -72,11 +73,15 @@ class Experiment:
         for name in ("steps", "batch_size", "micro_batches", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.micro_batches > 1 and not getattr(self.method, "supports_micro_batches", False):
-            raise ConfigError(
-                f"micro_batches={self.micro_batches}: {type(self.method).__name__} encodes its batch in one piece; a "
-                "method that can do otherwise says supports_micro_batches = True (docs/add-a-method.md)"
-            )
+        shards = self.deterministic
+        if shards and (shards < 2 or shards & (shards - 1)):
+            raise ConfigError(f"deterministic must be 0 (off) or 2, 4, 8, ... logical shards, not {shards}")
+        for name, parts in (("micro_batches", self.micro_batches), ("deterministic", shards)):
+            if parts > 1 and not getattr(self.method, "supports_micro_batches", False):
+                raise ConfigError(
+                    f"{name}={parts}: {type(self.method).__name__} encodes its batch in one piece; a "
+                    "method that can do otherwise says supports_micro_batches = True (docs/add-a-method.md)"
+                )
 
 
 def _public_dataclasses(*modules: types.ModuleType) -> dict[str, type]:

@@ -84,9 +84,10 @@ def describe(log: MetricLog, run: "Run", workdir: epath.Path, start: int, before
         f"{jax.process_count()} process(es); "
         f"mesh {mesh}; {e.precision}; batch {e.batch_size}; {e.optim.name}, {e.optim.explain_lr(e.batch_size)}"
     )
-    if e.micro_batches > 1:
-        part = e.batch_size // e.micro_batches
-        log.say(f"encoding {e.micro_batches} micro-batches of {part}, one loss over all {e.batch_size} rows")
+    if (parts := e.micro_batches * max(e.deterministic, 1)) > 1:
+        part = e.batch_size // parts
+        of = f" of {e.deterministic} logical shards" if e.deterministic else ""
+        log.say(f"encoding {parts} micro-batches of {part}{of}, one loss over all {e.batch_size} rows")
         if any(name.split("/")[-1] == "var" for name in jax.tree.leaves(names(run.state_shapes.method))):
             log.say(
                 f"batch normalisation of the encoders sees {part} rows at a time: this is not the full batch's gradient"

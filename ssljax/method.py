@@ -7,11 +7,14 @@ parameters.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from ssljax.shards import each_shard, logical_shards
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -74,39 +77,60 @@ def forward(
     *inputs: Any,
     train: bool = True,
     key: Array | None = None,
-    micro_batches: int = 1,
+    micro_batches: int | None = None,
     **kwargs: Any,
 ) -> tuple[Any, State]:
     """Applies a module. Returns its output and the next batch statistics (unchanged with `train=False`).
 
     `key` is needed only by modules with drop-path or dropout, in training.
 
-    With `micro_batches` k > 1 the rows of `inputs` pass in k equal parts, one after the other, and the backward pass
-    computes each part anew: the memory of one part, for one more forward pass. The output is that of all
-    rows, so the loss and its gradient are those of the full batch, up to rounding. Part c is rows c, c + k, c + 2k, ...
-    (these lie on all devices alike). Batch normalisation sees one part at a time; its running averages take the mean.
-    """
-    variables = {"params": params, "batch_stats": stats}
-    if not train:
-        return module.apply(variables, *inputs, train=False, **kwargs), stats
+    `micro_batches` is given (`ctx.micro_batches`) for large networks. With k > 1 the rows of `inputs` pass in k equal
+    parts, one after the other, and the backward pass computes each part anew: the memory of one part, for one more
+    forward pass. The output is that of all rows, so the loss and its gradient are those of the full batch, up to
+    rounding. Part c is rows c, c + k, c + 2k, ... (these lie on all devices alike). Batch normalisation sees one part
+    at a time; its running averages take the mean.
 
-    def apply(variables: Any, key: Array | None, *inputs: Any) -> tuple[Any, State]:
+    In a deterministic run (`ssljax.shards`) these networks take one logical shard after the other, each in k parts, and
+    all of that holds for the parts of a logical shard, also with k = 1. Whatever `micro_batches` is not given for,
+    every device computes for the whole batch.
+    """
+
+    def apply(params: Params, key: Array | None, *inputs: Any) -> tuple[Any, State]:
+        variables = {"params": params, "batch_stats": stats}
+        if not train:
+            return module.apply(variables, *inputs, train=False, **kwargs), {}
         rngs = {} if key is None else {"dropout": key}
         output, changed = module.apply(variables, *inputs, train=True, rngs=rngs, mutable=["batch_stats"], **kwargs)
         return output, dict(changed).get("batch_stats", stats)
 
-    if micro_batches == 1:
-        return apply(variables, key, *inputs)
+    parts = micro_batches if micro_batches and train else 1
+    if logical_shards() and micro_batches is not None:
+        keys = None if key is None else jax.random.split(key, logical_shards())
+
+        def of_shard(params: Params, key: Array | None, *inputs: Any) -> tuple[Any, State]:
+            output, changed = _in_parts(apply, parts, params, None if key is None else key[0], *inputs)
+            return output, jax.tree.map(lambda x: x[None], changed)
+
+        output, changed = each_shard(of_shard, params, keys, *inputs)
+        changed = jax.tree.map(lambda x: x.mean(axis=0), changed)
+    else:
+        encode = apply if parts == 1 else partial(_in_parts, apply, parts)
+        output, changed = encode(params, key, *inputs)
+    return output, changed if train else stats
+
+
+def _in_parts(apply: Any, count: int, params: Params, key: Array | None, *inputs: Any) -> tuple[Any, State]:
+    """`apply` on `count` parts of the rows, one after the other."""
 
     def split(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0)
+        return jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
 
     def join(x: Array) -> Array:
         return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
-    keys = None if key is None else jax.random.split(key, micro_batches)
+    keys = None if key is None else jax.random.split(key, count)
     of_part = jax.checkpoint(apply, prevent_cse=False)  # the loop keeps the parts apart already
-    outputs, stats = jax.lax.map(lambda part: of_part(variables, *part), (keys, *jax.tree.map(split, inputs)))
+    outputs, stats = jax.lax.map(lambda part: of_part(params, *part), (keys, *jax.tree.map(split, inputs)))
     return jax.tree.map(join, outputs), jax.tree.map(lambda x: x.mean(axis=0), stats)
 
 

@@ -18,6 +18,7 @@ from ssljax.guard import choose
 from ssljax.mesh import abstract_like, batch_sharding, check_batch_size, global_batch, process_rows, shardings
 from ssljax.method import Context
 from ssljax.optim import make_optimizer
+from ssljax.shards import check_mesh, compiler_options, in_shards, views_of
 from ssljax.state import TrainState
 
 DIAGNOSED_ROWS = 256  # of a batch, for the collapse diagnostics
@@ -49,6 +50,8 @@ class Run:
         self.experiment = e = with_precision(experiment, {"bf16": "bfloat16"}.get(experiment.precision))
         self.mesh = e.mesh.create(devices)
         check_batch_size(e.batch_size, self.mesh, e.micro_batches)
+        if e.deterministic:
+            check_mesh(e.deterministic, e.batch_size, e.micro_batches, self.mesh)
         self.rows = process_rows(e.batch_size, self.mesh)
         self.train_transform = HostTransform(e.data.size, e.data.views.host_crops, e.data.tokenizer)
         self.eval_transform = HostTransform(e.data.size, e.data.eval_view.host_crops, e.data.tokenizer)
@@ -97,7 +100,7 @@ class Run:
         e = self.experiment
         view_key, loss_key = jax.random.split(jax.random.fold_in(self.step_key, state.step))
         ctx = self._context(state, loss_key)
-        views = e.data.views(view_key, _samples(batch))
+        views = views_of(e.data.views, view_key, _samples(batch))
 
         def loss_of(params):
             return e.method.loss(params, state.method, views, ctx)
@@ -110,7 +113,8 @@ class Run:
         A refused step returns the state as it was. The metrics are float scalars.
         """
         e = self.experiment
-        (loss, (method_state, found)), grads = self.gradient(state, batch)
+        gradient = in_shards(self.gradient, e.deterministic) if e.deterministic else self.gradient
+        (loss, (method_state, found)), grads = gradient(state, batch)
         norms = jnp.stack([optax.tree.norm(x) for x in jax.tree.leaves(grads)])
         metrics = {
             **{name: value for name, value in found.items() if name != "embeddings"},
@@ -144,8 +148,10 @@ class Run:
         batch = abstract_like(self.batch_shapes, {name: batch_sharding(self.mesh) for name in self.batch_shapes})
         replicated = NamedSharding(self.mesh, PartitionSpec())
         step = jax.jit(self.step, donate_argnums=0, out_shardings=(self.state_shardings, replicated, replicated))
+        options = compiler_options(self.mesh.devices.flat[0].platform) if self.experiment.deterministic else None
         with jax.set_mesh(self.mesh):  # every thread has its own
-            return step.trace(state, batch).lower(lowering_platforms=(platform,) if platform else None).compile()
+            lowered = step.trace(state, batch).lower(lowering_platforms=(platform,) if platform else None)
+            return lowered.compile(options)
 
     def encoder(self, method: Any = None) -> Encoder:
         """The frozen encoder of the run's method (or of another with `features`)."""

@@ -77,7 +77,7 @@ def _kernel_grad_by_matmul(x: Array, grad: Array, kernel: Array, strides: Pair, 
         # g^T patches and not its transpose: XLA:CPU likes the wide matrix on the right, up to twice as much
         return total + jnp.matmul(g.T, patches, preferred_element_type=_sum_dtype(g)), None
 
-    zeros = jnp.zeros((features, patch), _sum_dtype(grad))
+    zeros = jnp.zeros_like(grad, _sum_dtype(grad), (features, patch))
     total, _ = lax.scan(piece, zeros, jnp.arange(batch // lanes * (h // rows)))
     return total.T.reshape(kernel.shape).astype(kernel.dtype)
 

@@ -225,7 +225,7 @@ def _draws(key, rows: int, position: int, count: int) -> Draws:
     def of_row(row_key):
         return jax.random.uniform(jax.random.fold_in(row_key, position), (count, _ENDS[-1]))
 
-    numbers = rearrange(jax.vmap(of_row)(jax.random.split(key, rows)), "b n u -> (b n) u")
+    numbers = rearrange(jax.vmap(of_row)(key if key.ndim else jax.random.split(key, rows)), "b n u -> (b n) u")
     return dict(zip(_NUMBERS, jnp.split(numbers, _ENDS[:-1], axis=1), strict=True))
 
 
