@@ -41,7 +41,6 @@ from ssljax.state import TrainState
 
 CONFIG = Path(__file__).parent.parent / "configs/simclr.py"
 SMALL = ("method.encoder.blocks=(1,)", "method.encoder.channels=(8,)", "method.projector.hidden=(16,)")
-VIT = ("method.encoder={'type': 'ViT', 'size': 'B', 'patch': 16}", "optim.name=adamw", "optim.warmup=1")
 GIB = 2**30
 
 
@@ -159,7 +158,7 @@ def stall(state: TrainState, run: Run, repeats: int, console: Console) -> None:
     def step() -> float:
         nonlocal state
         began = time.perf_counter()
-        state, _ = jax.block_until_ready(step_fn(state, batch))
+        state = jax.block_until_ready(step_fn(state, batch))[0]
         return time.perf_counter() - began
 
     with tempfile.TemporaryDirectory() as workdir, CheckpointStore(workdir, Checkpoints(keep_last=1)) as store:

@@ -44,6 +44,7 @@ WEIGHTS = {
     "sentencepiece": 2,
     "arrayrecord": 2,
     "records": 2,
+    "checkpoint": 5,
 }
 
 

@@ -11,17 +11,23 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import sentencepiece
-from hostile import CASES
+from etils import epath
+from hostile import CASES, checkpoint_like
 from hostile_archives import JPEG, npz, pax
 from hostile_archives import member as tar_member
 from hostile_pictures import encoded, webp_animation
 from hostile_tables import arrow, parquet, tokenizer
 
+from ssljax.checkpoint import CheckpointStore
 from ssljax.data import Arrays, pack
+from ssljax.digest import MANIFEST, json_digest, write_manifest
 
 LARGEST_SEED = 2**17  # bytes of a hostile file that is changed
 LARGEST_CASE = 2**22
@@ -136,6 +142,15 @@ def sound_merges() -> Iterator[Files]:
     yield {"vocab.json": json.dumps(vocab).encode(), "merges.txt": b"#version: 0.2\nd o\ndo g</w>\n"}
 
 
+def sound_checkpoints() -> Iterator[Files]:
+    with tempfile.TemporaryDirectory() as workdir:
+        with CheckpointStore(workdir) as store:
+            state: Any = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), checkpoint_like())
+            store.save(state, 1, {"position": 16}, {"config": {"steps": 3}})
+        files = sorted(path for path in Path(workdir).rglob("*") if path.is_file())
+        yield {path.relative_to(workdir).as_posix(): path.read_bytes() for path in files}
+
+
 SOUND: Mapping[str, Callable[[], Iterator[Files]]] = {
     "picture": sound_pictures,
     "tar": sound_tars,
@@ -146,6 +161,7 @@ SOUND: Mapping[str, Callable[[], Iterator[Files]]] = {
     "clip": sound_merges,
     "sentencepiece": sound_sentencepiece,
     "arrayrecord": sound_array_records,
+    "checkpoint": sound_checkpoints,
     "records": lambda: iter([{"metrics.jsonl": b'{"step": 1, "loss": 2.5}\n{"step": 2, "loss": null}\n'}]),
 }
 
@@ -237,7 +253,7 @@ def mutated(reader: str, rng: random.Random) -> Files:
     files[name] = zipped(parts) if unpacked else parts[chosen]
     if rng.random() < 0.5 and reader in REPAIRS:
         files[name] = REPAIRS[reader](files[name])
-    return files
+    return repair_checkpoint(files) if reader == "checkpoint" and rng.random() < 0.7 else files
 
 
 def unzipped(data: bytes) -> Files:
@@ -277,6 +293,25 @@ def repair_tar(data: bytes) -> bytes:
         if block[257:262] == b"ustar":
             fixed[at + 148 : at + 156] = b"%06o\0 " % (sum(block[:148]) + 256 + sum(block[156:]))
     return bytes(fixed)
+
+
+def repair_checkpoint(files: Files) -> Files:
+    """Digests of the metadata and of all files as they should be."""
+    folder = "checkpoints/1/"
+    try:
+        metadata = json.loads(files[folder + "_CHECKPOINT_METADATA"])
+        ours = metadata["custom_metadata"]
+        ours["digest"] = json_digest([1, ours["record"]])
+        files[folder + "_CHECKPOINT_METADATA"] = json.dumps(metadata).encode()
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    with tempfile.TemporaryDirectory() as place:
+        for name, content in files.items():
+            path = Path(place, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        write_manifest(epath.Path(place) / folder)
+        return files | {folder + MANIFEST: Path(place, folder, MANIFEST).read_bytes()}
 
 
 REPAIRS: Mapping[str, Callable[[bytes], bytes]] = {"picture": repair_png, "tar": repair_tar}

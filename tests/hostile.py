@@ -14,12 +14,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import jax
+import numpy as np
 from hostile_archives import MIB, NPZ, TAR, Cases, Files
 from hostile_pictures import PICTURES
 from hostile_tables import CAPTIONS, LOGS, PARQUET, TOKENIZERS
 
+from ssljax.checkpoint import CheckpointError, CheckpointStore
 from ssljax.data import (
     ArrayRecord,
     BadSample,
@@ -56,6 +59,20 @@ def _read(source: Source) -> None:
             decode(record["image"])
 
 
+def checkpoint_like() -> dict[str, jax.ShapeDtypeStruct]:
+    """What the checkpoints hold that `read_checkpoint` reads."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return {"kernel": jax.ShapeDtypeStruct((8, 4), np.float32, sharding=here),
+            "step": jax.ShapeDtypeStruct((), np.int32, sharding=here)}  # fmt: skip
+
+
+def read_checkpoint(path: Path) -> None:
+    """`path`: any file in a checkpoint of step 1."""
+    folder = next(parent for parent in path.parents if parent.name == "1")
+    with CheckpointStore(folder.parent.parent) as store:
+        store.restore(cast(Any, checkpoint_like()), 1)
+
+
 READERS: dict[str, Callable[[Path], Any]] = {
     "picture": lambda path: decode(path.read_bytes()),
     "tar": lambda path: _read(Tar(str(path))),
@@ -67,6 +84,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "tokenizer.json": lambda path: TokenizerFile(str(path), 16)("a dog ﬁ"),
     "sentencepiece": lambda path: SentencePiece(str(path), 16)("a dog ﬁ"),
     "records": lambda path: read_records(path.parent),
+    "checkpoint": read_checkpoint,
 }
 
 
@@ -107,7 +125,7 @@ class Outcome:
     refused: bool  # by one of the errors that say so
 
 
-REFUSALS = (BadSample, ValueError, OSError)
+REFUSALS = (BadSample, CheckpointError, ValueError, OSError)
 
 
 def attempt(read: Callable[[Path], Any], path: Path) -> Outcome:
