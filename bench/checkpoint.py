@@ -3,7 +3,7 @@
 1. Bits flipped one at a time in a saved checkpoint of a small run, and what a restart makes of it. Half of them are
    spread evenly over all bytes, half over all files. Beside it: the same files loaded by Orbax alone.
 2. Saving and restoring a ViT-B/16 with Adam (1 GiB), beside Orbax alone, in turn; a save ends when all is on the disk.
-3. How long a save stalls the training loop, against a step of that ViT-B: the call itself, and what the next step
+3. How long a save stalls the training loop, against a step of that ViT-B: the calls of the loop, and what the next step
    takes longer than others (its outputs need new memory while the old state is being written).
 
 Give `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, which `ssljax` sets by itself.
@@ -37,6 +37,7 @@ from ssljax.config import experiment, load_config
 from ssljax.digest import digest_tree
 from ssljax.mesh import abstract_like
 from ssljax.run import Run
+from ssljax.soundness import Soundness
 from ssljax.state import TrainState
 
 CONFIG = Path(__file__).parent.parent / "configs/simclr.py"
@@ -150,7 +151,7 @@ def costs(state: TrainState, run: Run, repeats: int, console: Console) -> None:
 
 def stall(state: TrainState, run: Run, repeats: int, console: Console) -> None:
     batch = {name: jnp.zeros(x.shape, x.dtype) for name, x in run.batch_shapes.items()}
-    step_fn = run.compile_step()
+    step_fn, soundness = run.compile_step(), Soundness(run.state_shapes, run.state_shardings, run.mesh)
     steps: list[float] = []
     calls: list[float] = []
     after: list[float] = []
@@ -167,6 +168,7 @@ def stall(state: TrainState, run: Run, repeats: int, console: Console) -> None:
         for i in range(1 + repeats):
             steps.append(step())
             began = time.perf_counter()
+            soundness.check_finite(state)
             store.save(state, i, {"position": 0}, run.metadata())
             calls.append(time.perf_counter() - began)
             after.append(step())
@@ -175,7 +177,7 @@ def stall(state: TrainState, run: Run, repeats: int, console: Console) -> None:
     title = f"ViT-B/16, SimCLR, batch {run.experiment.batch_size} (two views each): stall of the loop by a save"
     table = Table("", "median s", "min", "max", "of a step", title=title, title_justify="left")
     row(table, "a step", steps[1:])
-    row(table, "the call of save", calls[1:], steps[1:])
+    row(table, "the calls of check_finite and save", calls[1:], steps[1:])
     row(table, "what the next step takes longer", [x - usual for x in after[1:]], steps[1:])
     row(table, "both", [x + y - usual for x, y in zip(calls[1:], after[1:], strict=True)], steps[1:])
     console.print(table)
