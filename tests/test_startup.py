@@ -1,4 +1,4 @@
-"""What makes a start quick: compiled programs that are kept, one tracing of shapes and blocks, no needless import."""
+"""What makes a start quick: compiled programs that are kept, one tracing of shapes, no needless import."""
 
 import subprocess
 import sys
@@ -113,20 +113,6 @@ def test_shapes_are_traced_once(monkeypatch):
     assert len(calls) == 1
     made = jax.eval_shape(run._init)
     jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), run.state_shapes, made)
-
-
-def test_blocks_are_traced_once():
-    """A deeper stack hardly makes a longer program before XLA inlines the blocks."""
-
-    def lines(depth: int) -> int:
-        e = clip(f"method.text.depth={depth}")
-        run = Run(e, jax.devices()[:1])
-        views = jax.eval_shape(run.experiment.data.views, jax.random.key(0), run.batch_shapes)
-        params, state = run.state_shapes.params, run.state_shapes.method
-        features = jax.jit(lambda p, s, b: run.experiment.method.features(p, s, b)["text"])
-        return len(features.lower(params, state, views).as_text().splitlines())
-
-    assert lines(9) - lines(3) < 0.5 * (lines(3) - lines(1) + 60)
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "sklearn", "tensorflow", "jax.experimental.pallas", "tensorboard"])

@@ -145,8 +145,6 @@ class Transformer(nn.Module):
         if self.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
             block = nn.remat(Block, policy=policy, prevent_cse=not self.scan)
-        if not (self.scan or self.is_initializing()):
-            block = nn.jit(block)  # traced once for all blocks; `init` would draw other numbers
         block = partial(
             block,
             heads=self.heads,
