@@ -28,20 +28,19 @@ from ssljax.mesh import batch_sharding
 from ssljax.run import Run
 from ssljax.soundness import Soundness
 
-REPEATS = 25
+REPEATS = 15
+
+
+def vit(size: int, batch: int) -> tuple[str, ...]:
+    sizes = [f"{name}.size={size}" for name in ("data", *(f"data.views.views.{x}" for x in ("x1", "x2")))]
+    encoder = {"type": "ViT", "size": "S", "patch": 16, "image_size": size}
+    return (f"method.encoder={encoder}", *sizes, f"data.eval_view.views.image.size={size}", f"batch_size={batch}")
+
+
 MODELS = {
-    "SimCLR, ResNet-18, batch 64": ("configs/simclr.py:cifar10_mini", ("batch_size=64",)),
-    "SimCLR, ViT-S/16 at 64 pixels, batch 16": (
-        "configs/simclr.py:digits",
-        (
-            "method.encoder={'type': 'ViT', 'size': 'S', 'patch': 16, 'image_size': 64}",
-            "data.size=64",
-            "data.views.views.x1.size=64",
-            "data.views.views.x2.size=64",
-            "data.eval_view.views.image.size=64",
-            "batch_size=16",
-        ),
-    ),
+    "cifar10_mini (a small ResNet), batch 256": ("configs/simclr.py:cifar10_mini", ()),
+    "SimCLR, ViT-S/16, 64 pixels, batch 16": ("configs/simclr.py:digits", vit(64, 16)),
+    "SimCLR, ViT-S/16, 224 pixels, batch 8": ("configs/simclr.py:digits", vit(224, 8)),
 }
 
 
