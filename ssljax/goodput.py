@@ -34,6 +34,8 @@ from typing import Any, Self
 import jax
 from etils import epath
 
+from ssljax.bounded import parse_json
+
 PHASES: tuple[str, ...] = ("start", "compile", "restore", "data wait", "save", "eval", "check", "report")
 PARTS: tuple[str, ...] = ("step", "lost", "down", *PHASES)
 _PAUSE = 1.0  # seconds at least between two writings of a record
@@ -201,7 +203,7 @@ def read_sessions(workdir: epath.PathLike) -> list[Record]:
     records = []
     for path in (epath.Path(workdir) / "sessions").glob("*.json"):
         with suppress(ValueError, TypeError, AttributeError):
-            record = Record(**json.loads(path.read_text()))
+            record = Record(**parse_json(path.read_text()))
             numbers = [record.started, record.ended, record.steps, record.lost_steps, *record.seconds.values()]
             numbers += [x for x in (record.first_step, record.last_step, record.first_step_after) if x is not None]
             if all(map(math.isfinite, numbers)):  # raises TypeError for what is no number

@@ -141,6 +141,7 @@ def test_sessions_survive_broken_files(tmp_path):
         '{"started": "yesterday", "ended": 1}',
         whole.replace("3.0", "NaN", 1),
         '{"unknown": 1}',
+        "[" * 100_000,
     )
     for i, text in enumerate((*broken, whole.replace('{"step": 3.0}', "5"), "\x00")):
         (folder / f"bad{i}.json").write_text(text)
