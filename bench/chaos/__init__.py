@@ -18,7 +18,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,21 @@ class Campaign:
     equal: int = 0
     runs: int = 0
 
+    def kill(
+        self,
+        make: Callable[[], Training],
+        undisturbed: dict[str, Any],
+        kills: int,
+        per_run: int = 10,
+        moments: Sequence[str] = MOMENTS,
+    ) -> Iterator[tuple[Training, list[str]]]:
+        """So many kills, of as many runs as that takes; each run when it is done, and in what it differs."""
+        until = self.kills.total() + kills
+        while (left := until - self.kills.total()) > 0:
+            training = make()
+            self.disturb(training, min(per_run, left), moments)
+            yield training, self.compare(training, undisturbed)
+
     def disturb(self, training: Training, kills: int, moments: Sequence[str] = MOMENTS) -> None:
         """Kills the run so many times (or until it gets to its end), then lets it finish."""
         for _ in range(kills):
@@ -185,6 +200,8 @@ class Campaign:
                 return False
             # A resumed run drops the records of the steps it repeats, so the count may fall first.
             before = min(before, training.steps_logged())
+            if moment == "start" and training.steps_logged() > before:
+                break
             if moment == "save" and training.steps_logged() > before and training.saving():
                 break
             if moment == "step" and training.steps_logged() >= before + steps:

@@ -3,8 +3,11 @@
 import argparse
 import platform
 import random
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import jax
@@ -28,12 +31,14 @@ def main() -> None:
             undisturbed.finish()
             expected = undisturbed.outcome()
             campaign, began = Campaign(random.Random(options.seed + processes)), time.monotonic()
-            while (done := campaign.kills.total()) < round(share * options.kills):
-                training = Training(root / f"run-{processes}-{campaign.runs}", source, processes)
-                campaign.disturb(training, min(options.per_run, round(share * options.kills) - done))
-                if different := campaign.compare(training, expected):
-                    print(f"{training.workdir.name} differs in {', '.join(different)}", flush=True)
-            kills = campaign.kills
+            number, kills = count(), campaign.kills
+
+            def make(processes: int = processes, number: Iterator[int] = number) -> Training:
+                return Training(root / f"run-{processes}-{next(number)}", source, processes)
+
+            for training, different in campaign.kill(make, expected, round(share * options.kills), options.per_run):
+                said = f"differs in {', '.join(different)}" if different else "equal"
+                print(f"{training.workdir.name}: {said}, {kills.total()} kills so far", file=sys.stderr, flush=True)
             print(
                 f"{processes:9}  {f'{campaign.equal} of {campaign.runs}':>10}  {kills.total():5}  {kills['start']:8}  "
                 f"{kills['step']:13}  {kills['save']:9}  {time.monotonic() - began:7.0f}",
