@@ -1,14 +1,18 @@
-"""What soundness costs a run without faults: `JAX_PLATFORMS=cpu python -m bench.guard`, ten minutes.
+"""What soundness costs a run without faults: `JAX_PLATFORMS=cpu python -m bench.guard`.
 
 The guard: a step with it and one without it, in turn; the medians of their ratios, in wall-clock time and in CPU
-seconds. The middle column compares two copies of the step without it, so it says how far the figures can be trusted.
+seconds. The first column compares two copies of the step without it, so it says how far the figures can be trusted.
 The comparison of copies: on two virtual devices, its time over a step's, also spread over `guard.replicas_every` steps.
+
+With `--topology v5e:2x2` nothing is run: both steps are compiled for these chips, and the bytes that they move between
+a chip and its main memory are read off, as `ssljax plan` does.
 """
 
+import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,13 +26,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ssljax.chips import Topology
 from ssljax.config import Experiment, experiment, load_config
 from ssljax.guard import Guard
+from ssljax.hlo import Program
 from ssljax.mesh import batch_sharding
 from ssljax.run import Run
 from ssljax.soundness import Soundness
-
-REPEATS = 15
 
 
 def vit(size: int, batch: int) -> tuple[str, ...]:
@@ -37,10 +41,16 @@ def vit(size: int, batch: int) -> tuple[str, ...]:
     return (f"method.encoder={encoder}", *sizes, f"data.eval_view.views.image.size={size}", f"batch_size={batch}")
 
 
-MODELS = {
+Models = dict[str, tuple[str, tuple[str, ...]]]
+MODELS: Models = {
     "cifar10_mini (a small ResNet), batch 256": ("configs/simclr.py:cifar10_mini", ()),
     "SimCLR, ViT-S/16, 64 pixels, batch 16": ("configs/simclr.py:digits", vit(64, 16)),
     "SimCLR, ViT-S/16, 224 pixels, batch 8": ("configs/simclr.py:digits", vit(224, 8)),
+}
+ON_CHIPS: Models = {
+    **MODELS,
+    "SimCLR, ViT-S/16, 224 pixels, batch 64": ("configs/simclr.py:digits", vit(224, 64)),
+    "SimCLR, ViT-S/16, 224 pixels, batch 64, clipped": ("configs/simclr.py:digits", (*vit(224, 64), "optim.clip=1.0")),
 }
 
 
@@ -87,19 +97,32 @@ def timed(work: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def main() -> None:
-    table = Table(title=f"guard on over off; {os.cpu_count()} cores, jax {jax.__version__}, medians of {REPEATS}")
+def compiled(topology: Topology) -> Table:
+    """The batch is that of the table on each chip."""
+    chips = len(topology.devices)
+    table = Table(title=f"guard on over off, compiled for {topology.name}, jax {jax.__version__}")
+    for column in ("model", "main memory moved, off", "on / off"):
+        table.add_column(column)
+    for name, e in experiments(ON_CHIPS):
+        e = replace(e, batch_size=chips * e.batch_size)
+        off, on = (
+            Program(Run(each, topology.devices).compile_step("tpu" if topology.tpu else None).as_text()).traffic
+            for each in (replace(e, guard=NoGuard()), e)
+        )
+        table.add_row(f"{name} on each chip", f"{off / 1e9:.2f} GB", f"{on / off:.4f}")
+    return table
+
+
+def timings(repeats: int) -> Table:
+    table = Table(title=f"guard on over off; {os.cpu_count()} cores, jax {jax.__version__}, medians of {repeats}")
     for column in ("model", "off / off", "on / off", "on / off, CPU seconds", "comparison / step", "spread over steps"):
         table.add_column(column)
-    for name, (spec, overrides) in MODELS.items():
-        config = load_config(spec, overrides)
-        config.data.train, config.evals = None, {}
-        e = experiment(config)
+    for name, e in experiments(MODELS):
         off = replace(e, guard=NoGuard())
         turns = [Turn(off, 1), Turn(off, 1), Turn(e, 1)]
-        times = np.array([[turn() for turn in turns] for _ in range(REPEATS + 2)])[2:]  # [repeat, turn, clock]
+        times = np.array([[turn() for turn in turns] for _ in range(repeats + 2)])[2:]  # [repeat, turn, clock]
         ratios = np.median(times[:, 1:] / times[:, :1], axis=0)
-        assert int(turns[2].state.step) == REPEATS + 2, "a step was refused"
+        assert int(turns[2].state.step) == repeats + 2, "a step was refused"
         two = Turn(e, 2)
         share = statistics.median(two.compare_copies() / two()[0] for _ in range(6))
         table.add_row(
@@ -108,7 +131,22 @@ def main() -> None:
             f"{share:.2f}",
             f"{share / e.guard.replicas_every:.3%}",
         )
-    Console(width=140).print(table)
+    return table
+
+
+def experiments(models: Models) -> Iterator[tuple[str, Experiment]]:
+    for name, (spec, overrides) in models.items():
+        config = load_config(spec, overrides)
+        config.data.train, config.evals = None, {}
+        yield name, experiment(config)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--topology", type=Topology.parse, help="compile for these chips, and run nothing")
+    options = parser.parse_args()
+    Console(width=140).print(compiled(options.topology) if options.topology else timings(options.repeats))
 
 
 if __name__ == "__main__":

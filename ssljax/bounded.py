@@ -50,11 +50,24 @@ def is_plain(path: epath.Path) -> bool:
 
 
 def check_small(path: epath.Path, most: int = LARGEST_JSON) -> None:
-    """Raises ValueError unless `path`, local or remote, is a plain file of at most `most` bytes."""
+    """Raises ValueError unless `path`, local or remote, is a plain file of at most `most` bytes; OSError without it."""
+    size = path.stat().length
     if not is_plain(path):
         raise ValueError(f"{path} is not a plain file")
-    if (size := path.stat().length) > most:
+    if size > most:
         raise ValueError(f"{path} has {size:,} bytes, over the limit of {most:,}")
+
+
+def read_json(path: epath.PathLike) -> Any:
+    """The value in a JSON file, local or remote, of at most `LARGEST_JSON` bytes.
+
+    Raises:
+        ValueError: larger, damaged, nested endlessly, or no plain file.
+        OSError: missing or unreadable.
+    """
+    path = epath.Path(path)
+    check_small(path)
+    return parse_json(path.read_bytes())
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -147,5 +160,9 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray
             if len(part) != min(piece, size - start):
                 raise ValueError(f"{name!r} ends after {start + len(part):,} of {size:,} bytes")
             content[start : start + len(part)] = np.frombuffer(part, np.uint8)
+    if dtype.kind == "U":
+        points = content.view(np.dtype(np.uint32).newbyteorder(dtype.byteorder))
+        if ((points > 0x10FFFF) | (points >> 11 == 0xD800 >> 11)).any():
+            raise ValueError(f"{name!r} holds text that is no Unicode")
     array = content.view(dtype) if size else np.empty(shape, dtype)
     return array.reshape(shape[::-1]).T if columns_first else array.reshape(shape)

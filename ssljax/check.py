@@ -7,7 +7,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 from rich.table import Table
 
-from ssljax.bounded import check_small, parse_json
+from ssljax.bounded import read_json
 from ssljax.checkpoint import CheckpointError, CheckpointStore
 from ssljax.digest import read_manifest
 from ssljax.metrics import read_records
@@ -64,8 +64,7 @@ def _files(workdir: epath.Path) -> Iterator[tuple[str, str]]:
             if not (workdir / name).exists():
                 yield name, "missing"
             elif name == "config.json":
-                check_small(workdir / name)
-                parse_json((workdir / name).read_text())
+                read_json(workdir / name)
                 yield name, ""
             else:
                 read_records(workdir)

@@ -102,6 +102,18 @@ def gather_texts(text: str) -> list[str]:
     return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
 
+def check_alike(facts: Mapping[str, str]) -> None:
+    """Raises ValueError, on all processes, unless all of them have the same facts."""
+    first, *others = [json.loads(text) for text in gather_texts(json.dumps(dict(facts)))]
+    for process, theirs in enumerate(others, start=1):
+        for name in {**first, **theirs}:
+            if (there := theirs.get(name, "nothing")) != (here := first.get(name, "nothing")):
+                raise ValueError(
+                    f"{name} is {here} in process 0, but {there} in process {process}: "
+                    "start all processes with the same command, code and files"
+                )
+
+
 def agreed(work: Callable[[], T], kinds: Sequence[type[Exception]]) -> T:
     """What `work()` returns; where it raises one of `kinds` on one process, it raises that on all: they go on alike."""
     result: Any = None

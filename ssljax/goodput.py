@@ -34,7 +34,7 @@ from typing import Any, Self
 import jax
 from etils import epath
 
-from ssljax.bounded import parse_json
+from ssljax.bounded import read_json
 
 PHASES: tuple[str, ...] = ("start", "compile", "restore", "data wait", "save", "eval", "check", "report")
 PARTS: tuple[str, ...] = ("step", "lost", "down", *PHASES)
@@ -203,7 +203,7 @@ def read_sessions(workdir: epath.PathLike) -> list[Record]:
     records = []
     for path in (epath.Path(workdir) / "sessions").glob("*.json"):
         with suppress(ValueError, TypeError, AttributeError):
-            record = Record(**parse_json(path.read_text()))
+            record = Record(**read_json(path))
             numbers = [record.started, record.ended, record.steps, record.lost_steps, *record.seconds.values()]
             numbers += [x for x in (record.first_step, record.last_step, record.first_step_after) if x is not None]
             if all(map(math.isfinite, numbers)):  # raises TypeError for what is no number

@@ -12,8 +12,8 @@ from etils import epath
 
 from ssljax.checkpoint import CheckpointStore
 from ssljax.config import Experiment
-from ssljax.describe import describe
-from ssljax.distributed import gather_texts
+from ssljax.describe import describe, flatten
+from ssljax.distributed import check_alike, gather_texts
 from ssljax.encode import Pixels
 from ssljax.evals.online import Classification
 from ssljax.flight import DivergedError, Flight
@@ -54,7 +54,8 @@ def train(
     Raises:
       Preempted: SIGTERM came; the run saved and can be continued.
       DivergedError: steps were refused again and again, also from earlier checkpoints. StateError: the state is
-        damaged, and where. CheckpointError, ConfigError, ValueError: with what to change.
+        damaged, and where. CheckpointError, ConfigError, ValueError (also where processes were started with different
+        configs or data): with what to change.
     """
     workdir = epath.Path(workdir)
     if experiment.data.train is None:
@@ -64,6 +65,8 @@ def train(
         clock = session.clock
         run = Run(experiment, devices)
         e = run.experiment
+        options = {name: repr(value) for name, value in flatten(run.config)}
+        check_alike({"jax's version": jax.__version__, "the number of records": str(len(e.data.train)), **options})
         like = abstract_like(run.state_shapes, run.state_shardings)
         soundness = Soundness(run.state_shapes, run.state_shardings, run.mesh)
         stack.enter_context(jax.set_mesh(run.mesh))

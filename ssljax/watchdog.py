@@ -23,6 +23,8 @@ from typing import Any, Self
 
 from etils import epath
 
+from ssljax.bounded import parse_json
+
 LOST = 76
 """Exit status of a process that waited for another in vain: the scheduler should start all of them again."""
 
@@ -199,7 +201,7 @@ class Watchdog:
 
 def _parsed(text: str) -> dict[str, Any]:
     try:
-        beat = json.loads(text)
+        beat = parse_json(text)
     except ValueError:
         return {}
     return beat if isinstance(beat, dict) else {}

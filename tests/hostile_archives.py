@@ -151,6 +151,10 @@ def twice() -> dict[str, bytes]:
     return {"a.npz": data.replace(b"imagez", b"images")}
 
 
+def code_point(number: int, order: str) -> np.ndarray:
+    return np.array([number], f"{order}u4").view(f"{order}U1")
+
+
 def many_members(count: int) -> dict[str, bytes]:
     """A list of members that are not there: 46 bytes each."""
     entry = b"PK\1\2" + bytes(42)
@@ -161,6 +165,8 @@ _OK = {"images": np.zeros((3, 4, 4), np.uint8)}
 NPZ: Cases = {
     "pickled objects": (lambda: {"a.npz": npz(images=np.array([EXPLOSIVE], object))}, "pickled objects"),
     "pickled labels": (lambda: {"a.npz": npz(**_OK, labels=np.array([EXPLOSIVE] * 3, object))}, "pickled objects"),
+    "text beyond Unicode": (lambda: {"a.npz": npz(**_OK, class_names=code_point(2**21, "<"))}, "Unicode"),
+    "half of a character": (lambda: {"a.npz": npz(**_OK, class_names=code_point(0xD800, ">"))}, "Unicode"),
     "a pickle": (lambda: {"a.npz": pickle.dumps(EXPLOSIVE)}, "pickled objects"),
     "a pickle as member": (lambda: one(pickle.dumps(EXPLOSIVE)), "magic"),
     "zip bomb": (lambda: one(npy(shape="(1, 8192, 16384)", body=bytes(2**27))), "unpack to"),

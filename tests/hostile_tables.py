@@ -77,6 +77,26 @@ def with_footer_changed(old: bytes, new: bytes, rows: int = 1000) -> dict[str, b
     return {"a.parquet": data[:at] + data[at:].replace(old, new)}
 
 
+def with_short_histogram() -> dict[str, bytes]:
+    """The histogram of levels of the only column, a list of two numbers, loses one of them."""
+    data = parquet({"image": [b"x"] * 3})["a.parquet"]
+    at, length = data.rindex(b"\x26\x00\x06"), int.from_bytes(data[-8:-4], "little")
+    return {"a.parquet": data[:at] + b"\x16\x06" + data[at + 3 : -8] + struct.pack("<I", length - 1) + b"PAR1"}
+
+
+def with_two_names() -> dict[str, bytes]:
+    """The column has one name in the schema, and another in its row group."""
+    data = parquet({"image": [{"bytes": JPEG, "path": "a.jpg"}] * 9}, store_schema=False)["a.parquet"]
+    at = data.rindex(b"path")
+    return {"a.parquet": data[:at] + b"bath" + data[at + 4 :]}
+
+
+def with_struct_for_kind() -> dict[str, bytes]:
+    """The first page header gives a structure where the kind of the page belongs."""
+    data = parquet({"image": [JPEG] * 9}, use_dictionary=False)["a.parquet"]
+    return {"a.parquet": data[:4] + b"\x1c" + data[5:]}
+
+
 def footer(length: int, padding: int = 0) -> dict[str, bytes]:
     return {"a.parquet": b"PAR1" + bytes(padding) + struct.pack("<I", length) + b"PAR1"}
 
@@ -118,6 +138,9 @@ PARQUET: Cases = {
     "footer of 4 GiB": (lambda: footer(2**32 - 1), "footer"),
     "footer of 1 MiB": (lambda: footer(MIB, 2 * MIB), "footer"),
     "footer of zeros": (lambda: footer(1000, 1000), "not a complete"),
+    "short histogram of levels": (with_short_histogram, "histogram"),
+    "column with two names": (with_two_names, "cannot be read"),
+    "page of a structured kind": (with_struct_for_kind, "page header at byte 4 is damaged"),
     "nested 99 deep": (lambda: parquet(pa.table({"image": pa.nulls(1, nested(99))})), "is to be the image|deep"),
     "nested 200 deep": (lambda: parquet(pa.table({"image": pa.nulls(1, nested(200))})), "too deeply"),
     "nested features": (lambda: with_metadata(b"huggingface", _DEEP), None),
@@ -177,6 +200,9 @@ TOKENIZERS: dict[str, tuple[str, Callable[[], Files], str | None]] = {
     "tokenizer with a bad expression": ("tokenizer.json", lambda: tokenizer(pre_tokenizer=split_by("((((")),
                                         "not a tokenizer.json"),
     "tokenizer that never matches": ("tokenizer.json", lambda: tokenizer(pre_tokenizer=split_by("(.+)+$a")), None),
+    "tokenizer with an id of 32 bits": ("tokenizer.json", lambda: tokenizer(model={"type": "WordLevel",
+                                        "vocab": {**_VOCAB, "dog": 2**32 - 1}, "unk_token": "[UNK]"}), "than 31 bits"),
+    "tokenizer that panics": ("tokenizer.json", lambda: tokenizer(normalizer={"type": "Precompiled"}), "missing field"),
     "tokenizer without an end": ("tokenizer.json", lambda: tokenizer(model={"type": "WordLevel", "vocab": {"[UNK]": 0},
                                  "unk_token": "[UNK]"}), "no token '</s>'"),
     "vocabulary nested 100,000 deep": ("clip", lambda: {"vocab.json": b"[" * 100_000, "merges.txt": b""}, "deeply"),

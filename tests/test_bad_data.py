@@ -368,9 +368,10 @@ def test_integers_of_any_kind_are_labels():
 
 
 def odd(i: int) -> dict[str, Any]:
-    """Records 3, 8 and 11 are not like the others."""
+    """Records 3, 8, 11 and 20 are not like the others."""
     record: dict[str, Any] = {"audio": np.zeros(4, np.float32), "label": i, "key": f"clip-{i}"}
     other = {3: {"audio": np.zeros(4)}, 8: {"audio": np.zeros(5, np.float32)}, 11: {"label": [1, 2]}}
+    other[20] = {"audio": np.float32([0, np.nan, 0, 0])}
     return {**record, **other.get(i, {})}
 
 
@@ -383,13 +384,14 @@ def test_records_unlike_the_others_are_bad(tmp_path):
     options: dict[str, Any] = {"batch_size": 8, "seed": 0, "steps": 10, "loader": INLINE}
     taken = take(train_batches(records, transform, like=like, bad_log=tmp_path / "bad.jsonl", **options))
     assert flat(taken, "audio").shape == (80, 4)
-    assert set(flat(taken).tolist()) == set(range(40)) - {3, 8, 11}
+    assert set(flat(taken).tolist()) == set(range(40)) - {3, 8, 11, 20}
     lines = map(json.loads, (tmp_path / "bad.jsonl").read_text().splitlines())
     reasons = {line["key"]: line["reason"] for line in lines}
     assert reasons == {
         "clip-3": "'audio' is float64[4], but float32[4] in this run",
         "clip-8": "'audio' is float32[5], but float32[4] in this run",
         "clip-11": "'label' is int32[2], but int32[] in this run",
+        "clip-20": "1 of the 4 values of 'audio' are NaN or infinite",
     }
     with pytest.raises(ValueError, match="a batch needs one shape"):
         take(train_batches(records, transform, **options))

@@ -21,7 +21,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
-from ssljax.bounded import LARGEST_JSON, parse_json, read_file
+from ssljax.bounded import read_file, read_json
 from ssljax.data.errors import BadSample
 
 T = TypeVar("T")
@@ -45,11 +45,21 @@ def _layout(ids: Sequence[int], eos_id: int, length: int) -> Ids:
 
 def _tokens(encode: Callable[[str], T], text: str, length: int) -> T:
     try:
-        return encode(text[: _READ * length])
-    except BaseException as error:  # the regular expressions of a tokenizer.json end in a panic, which is no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-            raise
+        return _without_panic(encode, text[: _READ * length])
+    except MemoryError:
+        raise
+    except Exception as error:
         raise BadSample(f"the tokenizer cannot encode {text[:40]!r}: {error}") from error
+
+
+def _without_panic(function: Callable[[str], T], text: str) -> T:
+    """`function(text)`. Where the Rust of `tokenizers` panics, which is no Exception in Python, it is a ValueError."""
+    try:
+        return function(text)
+    except (Exception, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(str(error)) from error
 
 
 def _until_end(ids: Sequence[int] | np.ndarray, eos_id: int) -> list[int]:
@@ -127,7 +137,7 @@ class ClipBPE:
             words = [*characters, *(c + "</w>" for c in characters), *(a + b for a, b in merges)]
             return {word: i for i, word in enumerate([*words, _CLIP_START, _CLIP_END])}, merges
         try:
-            vocab = parse_json(read_file(path, LARGEST_JSON))
+            vocab = read_json(path)
         except ValueError as error:
             raise ValueError(f"{path} is not a vocab.json: {error}") from error
         if not isinstance(vocab, dict) or not {_CLIP_START, _CLIP_END} <= vocab.keys():
@@ -265,7 +275,10 @@ class TokenizerFile:
         try:
             data = read_file(path, _LARGEST_FILE)
             _check_charsmaps(data)
-            tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+            tokenizer = _without_panic(tokenizers.Tokenizer.from_str, data.decode())
+            ids = [*tokenizer.get_vocab().values(), *_without_panic(tokenizer.encode, "").ids]  # "": what it adds
+            if max(ids, default=0) >= 2**31:
+                raise ValueError(f"its largest id, {max(ids)}, has more than 31 bits")
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
         tokenizer.no_truncation()

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from ssljax.api import Pretrained, load
-from ssljax.bounded import parse_json
+from ssljax.bounded import read_json
 from ssljax.checkpoint import CheckpointError, CheckpointStore
 from ssljax.config import TYPES, ConfigError
 from ssljax.data import Source
@@ -112,7 +112,7 @@ def _config(workdir: epath.Path) -> dict[str, Any]:
     path = workdir / "config.json"
     if path.exists():
         try:
-            config = parse_json(path.read_text())
+            config = read_json(path)
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         if not isinstance(config, dict):

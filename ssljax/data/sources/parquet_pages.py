@@ -1,4 +1,4 @@
-"""What a parquet file will unpack to, read from its page headers before pyarrow allocates it: `check_footer`, `pages`.
+"""What a parquet file will unpack to, read from its page headers before pyarrow allocates it: `read_footer`, `pages`.
 
 pyarrow trusts these headers: a few kilobytes of Zstandard, or of one value repeated, make it fill the memory.
 (Layout: the Parquet format's README and parquet.thrift; Thrift's compact protocol.)
@@ -14,7 +14,7 @@ _FREE_FOOTER = 2**18  # bytes; pyarrow makes a kilobyte of some four bytes of a 
 _FOOTER_SHARE = 16  # a larger footer is at most this part of its file
 _LONGEST_HEADER = 2**20  # bytes of a page header, which holds the smallest and largest value of the page
 _DICTIONARY, _DELTA_BYTES = 2, 7  # a type of page; an encoding by shared beginnings, whose values grow without bound
-_DATA: dict[Any, tuple[int, int]] = {0: (5, 2), 3: (8, 4)}  # type of data page -> its header's field; the encoding's
+_DATA = {0: (5, 2), 3: (8, 4)}  # type of data page -> its header's field; the encoding's
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,35 @@ class Pages:
     dictionary: bool  # some values are given by their number in a list of values
 
 
-def check_footer(path: Path) -> None:
-    """Raises ValueError if the description of a parquet file is out of proportion to the file."""
+def read_footer(path: Path) -> bytes:
+    """The description of a parquet file, from its end. Raises ValueError if it is out of proportion to the file."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(0, size - 8))
         length = int.from_bytes(file.read(4), "little")
-    if length > max(_FREE_FOOTER, size // _FOOTER_SHARE):
-        raise ValueError(f"its footer has {length:,} of {size:,} bytes; more than {_FREE_FOOTER:,} may be a sixteenth")
+        if length > max(_FREE_FOOTER, size // _FOOTER_SHARE):
+            raise ValueError(
+                f"its footer has {length:,} of {size:,} bytes; more than {_FREE_FOOTER:,} may be a sixteenth"
+            )
+        file.seek(max(0, size - 8 - length))
+        return file.read(length)
+
+
+def check_histograms(footer: bytes, schema: Any) -> None:
+    """Raises ValueError for a column chunk whose histograms of levels do not fit its column.
+
+    `pyarrow.parquet.RowGroupMetaData.column` ends the process there. `schema`: a `pyarrow.parquet.ParquetSchema`.
+    """
+    try:
+        groups = _struct(footer, 0, depth=10)[0].get(4, [])
+        for group in groups:
+            for i, chunk in enumerate(group[1]):
+                sizes, column = chunk.get(3, {}).get(16, {}), schema.column(i)
+                for field, level in ((2, column.max_repetition_level), (3, column.max_definition_level)):
+                    if len(sizes.get(field, [])) not in (0, level + 1):
+                        raise ValueError(f"the column {column.path!r} has a histogram of another length than it needs")
+    except (IndexError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError("its footer is damaged") from error
 
 
 def pages(file: BinaryIO, column: Any) -> Pages:
@@ -49,12 +70,12 @@ def pages(file: BinaryIO, column: Any) -> Pages:
     end, unpacked, values, dictionary, count = at + column.total_compressed_size, 0, 0, False, 0
     while at < end and values < column.num_values:
         header, start = _header(file, at)
-        kind, size, packed = (header.get(field, -1) for field in (1, 2, 3))
+        kind, size, packed = (_count(header, field) for field in (1, 2, 3))
         where, encoding = _DATA.get(kind, (0, 0))
-        data: Any = header.get(where, {})
-        counted = data.get(1, 0) if isinstance(data, dict) else -1
+        data = header.get(where) if where else {1: 0}
+        counted = _count(data, 1)
         count += 1
-        if not all(type(n) is int and n >= 0 for n in (kind, size, packed, counted)):
+        if min(kind, size, packed, counted) < 0:
             raise ValueError(f"the page header at byte {at:,} is damaged")
         if count > MAX_BLOCKS + (end - at) // 1024:
             raise ValueError(f"it has more than {MAX_BLOCKS:,} pages, and less than a KiB in each")
@@ -63,6 +84,12 @@ def pages(file: BinaryIO, column: Any) -> Pages:
         dictionary |= kind == _DICTIONARY
         unpacked, values, at = unpacked + size, values + counted, start + packed
     return Pages(unpacked, values, dictionary)
+
+
+def _count(fields: Any, number: int) -> int:
+    """A field that must be a number of things; -1 if it is not there, or not such a number."""
+    value = fields.get(number) if isinstance(fields, dict) else None
+    return value if type(value) is int and value >= 0 else -1
 
 
 def _header(file: BinaryIO, at: int) -> tuple[dict[int, Any], int]:
@@ -90,16 +117,34 @@ def _struct(data: bytes, at: int, depth: int) -> tuple[dict[int, Any], int]:
             number, at = _integer(data, at)
         if kind in (1, 2):
             fields[number] = kind == 1
-        elif kind in (4, 5, 6):
-            fields[number], at = _integer(data, at)
-        elif kind == 8:
-            length, at = _varint(data, at)
-            at += length
-        elif kind == 12 and depth:
-            fields[number], at = _struct(data, at, depth - 1)
         else:
-            raise ValueError("a page header is damaged")
+            fields[number], at = _value(data, at, kind, depth)
     return fields, at + 1
+
+
+def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
+    """(a value, the byte behind); None for text and for numbers that nobody asks for."""
+    if kind in (4, 5, 6):
+        return _integer(data, at)
+    if kind == 3:
+        return None, at + 1
+    if kind == 7:
+        return None, at + 8
+    if kind == 8:
+        length, at = _varint(data, at)
+        return None, at + length
+    if kind == 12 and depth:
+        return _struct(data, at, depth - 1)
+    if kind == 9 and depth:
+        count, of, at = data[at] >> 4, data[at] & 15, at + 1
+        if count == 15:
+            count, at = _varint(data, at)
+        values = []
+        for _ in range(count):
+            value, at = _value(data, at, 3 if of in (1, 2) else of, depth - 1)
+            values.append(value)
+        return values, at
+    raise ValueError("a header is damaged")
 
 
 def _integer(data: bytes, at: int) -> tuple[int, int]:
@@ -113,5 +158,5 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         number |= (data[at] & 0x7F) << shift
         shift, at = shift + 7, at + 1
         if shift > 63:
-            raise ValueError("a page header is damaged")
+            raise ValueError("a header is damaged")
     return number | data[at] << shift, at + 1

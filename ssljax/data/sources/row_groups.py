@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from ssljax.bounded import FREE_UNPACKED, UNPACKED_PER_BYTE
 from ssljax.data.errors import BadSample
-from ssljax.data.sources.parquet_pages import check_footer, pages
+from ssljax.data.sources.parquet_pages import check_histograms, pages, read_footer
 
 
 class RowGroups:
@@ -56,9 +56,10 @@ class RowGroups:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def _open(self, file: Path, schemas: list[pa.Schema]) -> list[int]:
-        check_footer(file)
+        footer = read_footer(file)
         with pq.ParquetFile(file) as opened:
             metadata = self._parquet[file] = opened.metadata
+            check_histograms(footer, opened.schema)
             schemas.append(opened.schema_arrow)
         return [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
 
@@ -140,7 +141,7 @@ class RowGroups:
                     f"it announces {metadata.row_group(number).num_rows:,} rows, and has {table.num_rows:,}"
                 )
             return table
-        except (pa.ArrowException, ValueError, OSError) as error:
+        except (pa.ArrowException, ValueError, KeyError, OSError) as error:  # KeyError: names that differ within it
             if isinstance(error, OSError) and error.errno is not None:  # a disk that fails; Arrow's own have no number
                 raise
             raise BadSample(f"row group {number} of {file} cannot be read: {error}") from error

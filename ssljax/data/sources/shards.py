@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ssljax.bounded import LARGEST_JSON, parse_json, read_file
+from ssljax.bounded import parse_json, read_json
 from ssljax.data.errors import BadSample
 from ssljax.data.sources.base import Missing, Record, check_index, expand, expand_files
 
@@ -87,7 +87,7 @@ class ArrayRecord:
     def _index(self) -> dict[str, Any]:
         path = self._files[0].parent / INDEX
         try:
-            index = parse_json(read_file(path, LARGEST_JSON)) if path.exists() else {}
+            index = read_json(path) if path.exists() else {}
             if not isinstance(index, dict) or not isinstance(index.get("classes", []), list):
                 raise ValueError("not an index of ssljax.data.pack")
         except ValueError as error:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ssljax.bounded import LARGEST_JSON, parse_json, read_file
+from ssljax.bounded import read_json
 from ssljax.data.errors import BadSample
 from ssljax.data.sources.base import Record, check_index, expand
 
@@ -109,7 +109,7 @@ class TFDS:
 
 def _refuse_foreign_classes(file: Path) -> None:
     try:
-        nodes = [parse_json(read_file(file, LARGEST_JSON))]
+        nodes = [read_json(file)]
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}); prepare the set again") from error
     while nodes:
