@@ -72,7 +72,7 @@ def pages(file: BinaryIO, column: Any) -> Pages:
         header, start = _header(file, at)
         kind, size, packed = (_count(header, field) for field in (1, 2, 3))
         where, encoding = _DATA.get(kind, (0, 0))
-        data = header.get(where) if where else {1: 0}
+        data: Any = header.get(where) if where else {1: 0}
         counted = _count(data, 1)
         count += 1
         if min(kind, size, packed, counted) < 0:
