@@ -151,7 +151,7 @@ PARQUET: Cases = {
     "labels of floats": (lambda: parquet({"image": [JPEG], "label": [0.5]}), "is to be the label"),
     "labels of 64 bits": (lambda: parquet({"image": [JPEG], "label": [2**40]}), "32 bits"),
     "text that is not UTF-8": (lambda: parquet({"text": _TEXT}), "utf-8"),
-    "class names that are not UTF-8": (lambda: parquet({"image": [JPEG], "label": _TEXT}), "utf-8"),
+    "class names that are not UTF-8": (lambda: parquet({"image": [JPEG], "label": _TEXT}), "utf-8|UTF8"),
     "garbage": (lambda: {"a.parquet": b"PAR1" + bytes(range(256)) * 9}, "footer|not a complete"),
     "empty": (lambda: {"a.parquet": b""}, "not a complete"),
     "arrow with offsets outside": (lambda: with_offsets(0, 2**30, 2**30), "offset|Offset"),

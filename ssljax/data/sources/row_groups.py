@@ -87,6 +87,8 @@ class RowGroups:
                     if pa.types.is_integer(chunk.type):
                         chunks.append(chunk.cast(pa.int64()))
                     else:
+                        if pa.types.is_dictionary(chunk.type):
+                            chunk.validate(full=True)  # its numbers may lie outside of it
                         text = chunk.cast(pa.string()) if pa.types.is_large_string(chunk.type) else chunk
                         chunks.append(text.dictionary_encode())
             except (BadSample, pa.ArrowException) as error:
@@ -104,7 +106,7 @@ class RowGroups:
         table = self._group(group, columns)
         try:
             return {name: table.column(name)[i - first].as_py() for name in columns}
-        except ValueError as error:  # text that is not UTF-8
+        except (pa.ArrowException, ValueError) as error:  # a number outside of a dictionary; text that is not UTF-8
             raise BadSample(str(error)) from error
 
     def _group(self, group: int, columns: list[str]) -> pa.Table | pa.RecordBatch:
