@@ -85,10 +85,17 @@ def with_short_histogram() -> dict[str, bytes]:
 
 
 def with_two_names() -> dict[str, bytes]:
-    """The column has one name in the schema, and another in its row group."""
+    """A column has one name in the schema, and another in its row group."""
     data = parquet({"image": [{"bytes": JPEG, "path": "a.jpg"}] * 9}, store_schema=False)["a.parquet"]
     at = data.rindex(b"path")
     return {"a.parquet": data[:at] + b"bath" + data[at + 4 :]}
+
+
+def bomb_with_two_names() -> dict[str, bytes]:
+    """Whoever looks for the column by its name sees nothing of it."""
+    data = parquet({"image": [bytes(65 * MIB)]}, compression="zstd", store_schema=False)["a.parquet"]
+    at = data.rindex(b"image")
+    return {"a.parquet": data[:at] + b"imagf" + data[at + 5 :]}
 
 
 def with_struct_for_kind() -> dict[str, bytes]:
@@ -139,7 +146,8 @@ PARQUET: Cases = {
     "footer of 1 MiB": (lambda: footer(MIB, 2 * MIB), "footer"),
     "footer of zeros": (lambda: footer(1000, 1000), "not a complete"),
     "short histogram of levels": (with_short_histogram, "histogram"),
-    "column with two names": (with_two_names, "cannot be read"),
+    "column with two names": (with_two_names, "is called 'image.bath'"),
+    "bomb with two names": (bomb_with_two_names, "is called 'imagf'"),
     "page of a structured kind": (with_struct_for_kind, "page header at byte 4 is damaged"),
     "nested 99 deep": (lambda: parquet(pa.table({"image": pa.nulls(1, nested(99))})), "is to be the image|deep"),
     "nested 200 deep": (lambda: parquet(pa.table({"image": pa.nulls(1, nested(200))})), "too deeply"),

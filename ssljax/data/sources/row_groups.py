@@ -143,7 +143,7 @@ class RowGroups:
                     f"it announces {metadata.row_group(number).num_rows:,} rows, and has {table.num_rows:,}"
                 )
             return table
-        except (pa.ArrowException, ValueError, KeyError, OSError) as error:  # KeyError: names that differ within it
+        except (pa.ArrowException, ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # a disk that fails; Arrow's own have no number
                 raise
             raise BadSample(f"row group {number} of {file} cannot be read: {error}") from error
@@ -159,15 +159,17 @@ def _dictionaries(file: Path, metadata: pq.FileMetaData, number: int, columns: S
     size = file.stat().st_size
     with open(file, "rb") as opened:
         for i in range(group.num_columns):
-            column = group.column(i)
-            if column.path_in_schema.partition(".")[0] not in columns:
+            column, name = group.column(i), metadata.schema.column(i).path
+            if column.path_in_schema != name:  # pyarrow reads by position, whatever the name
+                raise ValueError(f"the column {name!r} is called {column.path_in_schema!r} in its row group")
+            if name.partition(".")[0] not in columns:
                 continue
             found = pages(opened, column)
             unpacked += found.unpacked + found.values * max(0, metadata.schema.column(i).length)
             if column.num_values > size or found.values > size:
-                raise ValueError(f"the column {column.path_in_schema!r} has more values than the file has bytes")
+                raise ValueError(f"the column {name!r} has more values than the file has bytes")
             if found.dictionary and column.physical_type == "BYTE_ARRAY":
-                listed.append(column.path_in_schema)
+                listed.append(name)
     if unpacked > (most := max(FREE_UNPACKED, UNPACKED_PER_BYTE * size)):
         raise ValueError(f"it unpacks to {unpacked:,} bytes, over the limit of {most:,} for a file of this size")
     return listed
