@@ -101,11 +101,11 @@ def paper() -> ConfigDict:
             "data": {
                 "train": None,
                 "tokenizer": {"type": "ClipBPE", "vocab_path": "bpe_simple_vocab_16e6.txt.gz"},
-                "views": {"type": "Views", "views": clip(224), "crop_on": "host"},
+                "views": {"type": "Views", "views": clip(224), "host": "crop"},
                 "eval_view": {
                     "type": "Views",
                     "views": evaluation(224, fraction=1.0, mean=CLIP_MEAN, std=CLIP_STD),
-                    "crop_on": "host",
+                    "host": "crop",
                 },
                 "loader": {"threads": 64, "prefetch": 256},
             },

@@ -24,8 +24,8 @@ def paper() -> ConfigDict:
             },
             "data": {
                 "train": {"type": "TFDS", "name": "imagenet2012", "split": "train"},
-                "views": {"type": "Views", "views": simclr(224), "crop_on": "host"},
-                "eval_view": {"type": "Views", "views": evaluation(224), "crop_on": "host"},
+                "views": {"type": "Views", "views": simclr(224), "host": "crop"},
+                "eval_view": {"type": "Views", "views": evaluation(224), "host": "crop"},
                 "loader": {"threads": 64, "prefetch": 512},
             },
             "steps": 100 * steps_per_epoch,

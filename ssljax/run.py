@@ -53,8 +53,10 @@ class Run:
         if e.deterministic:
             check_mesh(e.deterministic, e.batch_size, e.micro_batches, self.mesh)
         self.rows = process_rows(e.batch_size, self.mesh)
-        self.train_transform = HostTransform(e.data.size, e.data.views.host_crops, e.data.tokenizer)
-        self.eval_transform = HostTransform(e.data.size, e.data.eval_view.host_crops, e.data.tokenizer)
+        self.train_transform, self.eval_transform = (
+            HostTransform(e.data.size, views.host_crops, views.host == "augment", e.data.tokenizer)
+            for views in (e.data.views, e.data.eval_view)
+        )
         self.batch_shapes = batch_shapes or self._read_batch_shapes()
         self.init_key, self.step_key = jax.random.split(jax.random.key(e.seed))
         parts = jax.eval_shape(self._init_method)

@@ -6,18 +6,19 @@ import resource
 import struct
 import tarfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import cv2
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
 from ssljax.data.errors import BadSample
-from ssljax.data.host import HostTransform, crop_box, decode, fit, random_resized_crop
+from ssljax.data.host import HostTransform, Opened, crop_box, decode, fit
+from ssljax.views import View, Views, byol, moco_v2, multi_crop, simclr
 
 
 def picture(height: int = 40, width: int = 60) -> np.ndarray:
@@ -339,22 +340,13 @@ def test_random_resized_crop_shows_its_box():
     image = np.dstack([y, x, np.zeros_like(y)]).astype(np.uint8)
     for seed in range(20):
         top, left, h, w = crop_box(256, 256, np.random.default_rng(seed), (0.2, 1.0), (3 / 4, 4 / 3))
-        crop = random_resized_crop(image, np.random.default_rng(seed), 32, (0.2, 1.0), (3 / 4, 4 / 3)).astype(float)
+        transform = HostTransform(crops={"x": View(32, scale=(0.2, 1.0))})
+        crop = transform({"image": image}, np.random.default_rng(seed))["x"].astype(float)
         centre = crop[15:17, 15:17].mean((0, 1))
         np.testing.assert_allclose(centre[:2], [top + (h - 1) / 2, left + (w - 1) / 2], atol=1.5)
 
 
 # --- the transform --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Crop:
-    size: int
-    crop: Literal["random", "center", "none"] = "random"
-    scale: tuple[float, float] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    fraction: float = 0.5
-    count: int = 1
 
 
 def letters(text: str) -> np.ndarray:
@@ -373,8 +365,8 @@ def test_device_mode():
 
 
 def test_host_mode_cuts_every_view():
-    crops = {"x1": Crop(16), "small": Crop(8, count=5), "middle": Crop(20, "center"), "whole": Crop(10, "none")}
-    transform = HostTransform(crops=crops)
+    crops = {"x1": View(16), "small": View(8, count=5), "middle": View(20, "center", fraction=0.5)}
+    transform = HostTransform(crops={**crops, "whole": View(10, "none")})
     record = {"image": encoded(picture(), "PNG")}
     sample = transform(record, np.random.default_rng(0))
     assert {name: value.shape for name, value in sample.items()} == {
@@ -391,6 +383,65 @@ def test_host_mode_cuts_every_view():
     np.testing.assert_array_equal(sample["x1"], again["x1"])
     assert (sample["x1"] != other["x1"]).any()
     np.testing.assert_array_equal(transform(record, None)["x1"], fit(picture(), 16))
+
+
+def both(views: dict[str, View], record: dict, seed: int) -> tuple[dict, dict]:
+    """The finished views, their pixels changed by the host and by the device; [0, 1] unless they are normalised."""
+    outputs = []
+    for host in ("augment", "crop"):
+        plan = Views(views, host=host)
+        transform = HostTransform(crops=plan.host_crops, augment=host == "augment")
+        sample = transform(record, np.random.default_rng(seed))
+        batch = {name: jnp.asarray(x)[None] for name, x in sample.items()}
+        outputs.append({name: np.asarray(x)[0] for name, x in jax.jit(plan)(None, batch).items()})
+    return outputs[0], outputs[1]
+
+
+PIXELS = {"flip": {"flip": 1.0}, "brightness": {"jitter": 1.0, "brightness": 0.8},
+          "contrast": {"jitter": 1.0, "contrast": 0.8}, "saturation": {"jitter": 1.0, "saturation": 0.8},
+          "hue": {"jitter": 1.0, "hue": 0.5}, "grayscale": {"grayscale": 1.0},
+          "blur": {"blur": 1.0}, "solarize": {"solarize": 1.0}}  # fmt: skip
+MOST = 2 / 255
+
+
+@pytest.mark.parametrize("name", PIXELS)
+def test_host_and_device_change_pixels_alike(name):
+    for seed in range(6):
+        host, device = both({"x": View(48, **PIXELS[name])}, {"image": picture(96, 128)}, seed)
+        np.testing.assert_allclose(host["x"], device["x"], atol=1 / 255)
+
+
+@pytest.mark.parametrize("recipe", [simclr(64), byol(64), moco_v2(64), multi_crop(64, 40, 3)])
+def test_host_and_device_finish_recipes_alike(recipe):
+    """Whichever does it: the same draws, the same pictures."""
+    views = {name: View(**{**view, "mean": (0.0,) * 3, "std": (1.0,) * 3}) for name, view in recipe.items()}
+    for seed in range(8):
+        host, device = both(views, {"image": encoded(picture(160, 200), "JPEG")}, seed)
+        assert host.keys() == device.keys() == views.keys()
+        for name in views:
+            np.testing.assert_allclose(host[name], device[name], atol=MOST)
+
+
+def test_large_jpegs_are_decoded_smaller():
+    """Every view is that of the whole picture, to half a pixel of the smaller one: 4 grey levels at most in this one."""
+    y, x = np.mgrid[:600, :800].astype(np.float64)
+    smooth = np.dstack([127 + 100 * np.sin(x / 60), 127 + 100 * np.cos(y / 50), 255 * x / 800]).astype(np.uint8)
+    for orientation in (1, 6):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        jpeg = encoded(smooth, "JPEG", quality=95, exif=exif)
+        whole = decode(jpeg)
+        for shrink in (2, 4, 8):
+            small = Opened(jpeg).decode(shrink)
+            assert small.shape == (whole.shape[0] // shrink, whole.shape[1] // shrink, 3)
+        views = {"x": View(32, scale=(0.3, 1.0)), "y": View(48, scale=(0.3, 1.0), count=2)}
+        for transform in (HostTransform(crops=views), HostTransform(size=64)):
+            for seed in range(5):
+                small = transform({"image": jpeg}, np.random.default_rng(seed))
+                large = transform({"image": whole}, np.random.default_rng(seed))
+                for name in small:
+                    difference = np.abs(small[name].astype(float) - large[name])
+                    assert difference.mean() < 4
 
 
 def test_captions():
@@ -420,7 +471,9 @@ def test_kept_arrays():
 
 def test_prepare_changes_nothing_when_done_twice():
     record = {"image": encoded(picture(), "PNG"), "label": 1}
-    for transform in (HostTransform(size=24), HostTransform(crops={"x": Crop(16)}), HostTransform()):
+    views = {"small": {"x": View(16)}, "large": {"x": View(30)}}  # of which the first may be decoded smaller
+    transforms = [HostTransform(crops=each, augment=augment) for each in views.values() for augment in (False, True)]
+    for transform in (HostTransform(size=24), HostTransform(), *transforms):
         once = transform(record, np.random.default_rng(3))
         twice = transform(transform.prepare(transform.prepare(record)), np.random.default_rng(3))
         assert once.keys() == twice.keys()
@@ -430,7 +483,7 @@ def test_prepare_changes_nothing_when_done_twice():
 
 def test_size_and_crops_exclude_each_other():
     with pytest.raises(ValueError, match="set one of them"):
-        HostTransform(size=8, crops={"x": Crop(8)})
+        HostTransform(size=8, crops={"x": View(8)})
 
 
 def test_strict_jpeg_is_what_refuses_half_a_photograph():

@@ -319,12 +319,12 @@ def test_host_crops_run_only_what_follows_the_crop():
     images = pictures(6, 8, 8)
     view = View(8, flip=0.5, grayscale=0.5, mean=(0.5, 0.4, 0.3))
     device = Views({"x": replace(view, crop="none")})
-    host = Views({"x": view}, crop_on="host")
+    host = Views({"x": view}, host="crop")
     np.testing.assert_array_equal(run(host, {"x": images})["x"], run(device, {"image": images})["x"])
     assert device.host_crops is None
     assert host.host_crops == host.views
 
-    local = Views({"x": View(8, count=3)}, crop_on="host")
+    local = Views({"x": View(8, count=3)}, host="crop")
     crops = RNG.integers(0, 256, (2, 3, 8, 8, 3)).astype(np.uint8)
     np.testing.assert_allclose(local(None, {"x": crops})["x"], crops / 255, atol=1e-7)
     with pytest.raises(ValueError, match=r"\[b, 3, 8, 8, c\], got \[6, 8, 8, 3\]"):

@@ -5,7 +5,8 @@ half a JPEG (one returns nothing, one a grey lower half, one raises), training m
 """
 
 import io
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -17,6 +18,7 @@ from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImage
 
 from ssljax.data.errors import BadSample
 from ssljax.data.headers import Announced, announced
+from ssljax.data.pixels import change_pixels
 from ssljax.data.tokenize import Tokenizer
 
 Picture = UInt8[np.ndarray, "h w 3"]
@@ -32,7 +34,52 @@ _READERS: Mapping[str, Callable[[io.BytesIO], Image.Image]] = {
     "BMP": BmpImagePlugin.BmpImageFile,
     "TIFF": TiffImagePlugin.TiffImageFile,
 }
+_SHRINKS = (8, 4, 2)  # libjpeg-turbo can leave out frequencies; these it does quickly
 _STRIPE = 2**20  # pixels converted at a time
+
+
+class Opened:
+    """A picture of which only the header was read: `height` and `width` as it will stand, and its pixels by `decode`.
+
+    Raises:
+        BadSample: as `decode`, for what the header tells.
+    """
+
+    def __init__(self, image: bytes | np.ndarray, max_pixels: int = 64_000_000):
+        self._array, self._header = None, None
+        if isinstance(image, np.ndarray):
+            self._array = _from_array(image)
+            self.height, self.width = self._array.shape[:2]
+            return
+        if not isinstance(image, bytes):
+            raise BadSample(f"'image' is {_what(image)}; expected the bytes of a picture, or an array")
+        if not image:
+            raise BadSample("0 bytes")
+        header = self._header = announced(image, max_pixels)
+        lying = header.orientation in range(5, 9)
+        self.height, self.width = (header.width, header.height) if lying else (header.height, header.width)
+
+    def decode(self, shrink: int = 1) -> Picture:
+        """The pixels. A plain JPEG may come out `shrink` (1, 2, 4, 8) times smaller, which takes less time."""
+        header = self._header
+        if header is None:
+            assert self._array is not None
+            return self._array
+        try:
+            # libjpeg-turbo leaves CMYK to us; Pillow knows Adobe's inverted inks
+            if header.format == "JPEG" and header.channels != 4:
+                least = {"min_height": -(-header.height // shrink), "min_width": -(-header.width // shrink)}
+                picture = simplejpeg.decode_jpeg(header.data, "RGB", strict=True, **least if shrink > 1 else {})
+            else:
+                picture = _decode_with_pillow(header)
+        except (BadSample, MemoryError):
+            raise
+        except Exception as error:  # corrupt bytes make decoders raise anything: OSError, SyntaxError, struct.error
+            text, name = str(error).lower(), header.format
+            cut = "truncated" in text or "premature end" in text
+            cut |= name == "JPEG" and b"\xff\xd9" not in header.data[-512:]
+            raise BadSample(f"truncated {name}" if cut else f"corrupt {name}: {error}") from error
+        return _orient(picture, header.orientation)
 
 
 def decode(image: bytes | np.ndarray, *, max_pixels: int = 64_000_000) -> Picture:
@@ -46,35 +93,27 @@ def decode(image: bytes | np.ndarray, *, max_pixels: int = 64_000_000) -> Pictur
     Raises:
         BadSample: empty, truncated, corrupt or too large; not an image; an array of another shape, type or range.
     """
-    if isinstance(image, np.ndarray):
-        return _from_array(image)
-    if not isinstance(image, bytes):
-        raise BadSample(f"'image' is {_what(image)}; expected the bytes of a picture, or an array")
-    if not image:
-        raise BadSample("0 bytes")
-    header = announced(image, max_pixels)
-    try:
-        # libjpeg-turbo leaves CMYK to us; Pillow knows Adobe's inverted inks
-        plain_jpeg = header.format == "JPEG" and header.channels != 4
-        picture = simplejpeg.decode_jpeg(image, "RGB", strict=True) if plain_jpeg else _decode_with_pillow(header)
-    except (BadSample, MemoryError):
-        raise
-    except Exception as error:  # corrupt bytes make decoders raise anything: OSError, SyntaxError, struct.error
-        text, name = str(error).lower(), header.format
-        cut = "truncated" in text or "premature end" in text or (name == "JPEG" and b"\xff\xd9" not in image[-512:])
-        raise BadSample(f"truncated {name}" if cut else f"corrupt {name}: {error}") from error
-    return _orient(picture, header.orientation)
+    return Opened(image, max_pixels).decode()
 
 
 def fit(image: Picture, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """The shorter side resized to `size`, then the centre cropped (in the other order, which costs less)."""
-    return _center(image, size, fraction=1.0)
+    return _resize(image, center_box(*image.shape[:2], 1.0), size)
+
+
+Box = tuple[int, int, int, int]  # top, left, height, width, in whole pixels
+
+
+def center_box(height: int, width: int, fraction: float) -> Box:
+    """The largest central square times `fraction`."""
+    side = max(1, round(min(height, width) * fraction))
+    return (height - side) // 2, (width - side) // 2, side, side
 
 
 def crop_box(
     height: int, width: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """`(top, left, height, width)` of a random crop (Szegedy et al. 2014, section 6, with torchvision's details).
+) -> Box:
+    """A random crop (Szegedy et al. 2014, section 6, with torchvision's details).
 
     Its share of the area is uniform in `scale`, its aspect ratio (width / height) log-uniform in `ratio`. After ten
     boxes that do not fit into the picture: the largest central box whose ratio lies within `ratio`.
@@ -90,20 +129,8 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def random_resized_crop(
-    image: Picture,
-    rng: np.random.Generator,
-    size: int,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> UInt8[np.ndarray, "size size 3"]:
-    """A random box of the picture (`crop_box`), cut first and then resized to `size`."""
-    top, left, height, width = crop_box(image.shape[0], image.shape[1], rng, scale, ratio)
-    return _resize(image[top : top + height, left : left + width], size)
-
-
-class CropSpec(Protocol):
-    """The fields of an on-device view that say how its picture is cut."""
+class ViewSpec(Protocol):
+    """What the host needs to know of a view (`ssljax.views.View`)."""
 
     size: int
     crop: Literal["random", "center", "none"]
@@ -112,6 +139,12 @@ class CropSpec(Protocol):
     fraction: float
     count: int
 
+    @property
+    def numbers(self) -> int: ...
+    @property
+    def blur_radius(self) -> int: ...
+    def changes(self, uniforms: Any) -> Any: ...
+
 
 @dataclass(frozen=True)
 class HostTransform:
@@ -119,10 +152,14 @@ class HostTransform:
 
     - `image`: decoded and fitted to `size` (the device cuts its own views), or left as large as it is without `size`.
       With `crops` the host cuts them instead: one uint8 `[size, size, 3]` (`[count, size, size, 3]` for count > 1)
-      under each name, all from one decoding; `image` itself is then not in the sample.
+      under each name, all from one decoding; `image` itself is then not in the sample. What is random in the pixels
+      of a view is drawn here too: with `augment` it is done here, else `<name>/uniforms`, float32 `[(count,) 14]`, tell
+      the device.
     - `text`: int32 `[L]` by `tokenizer`, if the record has a text. Of several captions, one is drawn; evaluation takes
       the first.
     - `label`: int32. Arrays named in `keep` pass as they are. Everything else (`key`, ...) stays behind.
+
+    Where all that is cut is at least twice as large as what becomes of it, a JPEG is decoded at 1/2, 1/4 or 1/8.
 
     Raises:
         BadSample: the picture cannot be decoded; there is no caption; a label is no integer; a kept array holds NaN,
@@ -130,7 +167,8 @@ class HostTransform:
     """
 
     size: int | None = None
-    crops: Mapping[str, Any] | None = None  # name -> CropSpec
+    crops: Mapping[str, Any] | None = None  # name -> ViewSpec
+    augment: bool = False
     tokenizer: Tokenizer | None = None
     keep: tuple[str, ...] = ()
     max_pixels: int = 64_000_000
@@ -143,17 +181,21 @@ class HostTransform:
         """The costly part, the same every time: decode, fit. Done twice it changes nothing, so it may be cached."""
         if "image" not in record:
             return dict(record)
-        image = decode(record["image"], max_pixels=self.max_pixels)
-        return {**record, "image": image if self.size is None else fit(image, self.size)}
+        opened = Opened(record["image"], self.max_pixels)
+        if self.size is not None:
+            box = center_box(opened.height, opened.width, 1.0)
+            return {**record, "image": _cut(opened, [box], [self.size])[0]}
+        largest = max((spec.size for spec in (self.crops or {}).values()), default=math.inf)
+        if min(opened.height, opened.width) >= 2 * largest:  # how large it is to be decoded depends on the draws
+            return dict(record)
+        return {**record, "image": opened.decode()}
 
     def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None) -> dict[str, np.ndarray]:
-        record = self.prepare(record)
         sample: dict[str, Any] = {}
-        if "image" in record and self.crops is None:
-            sample["image"] = record["image"]
-        for name, spec in (self.crops or {}).items():
-            views = [_cut(_field(record, "image"), spec, rng) for _ in range(spec.count)]
-            sample[name] = views[0] if spec.count == 1 else np.stack(views)
+        if self.crops is not None:
+            sample |= self._views(_field(record, "image"), rng)
+        elif "image" in record:
+            sample["image"] = self.prepare(record)["image"]
         if self.tokenizer is not None and "text" in record:
             sample["text"] = self.tokenizer(_caption(record["text"], rng))
         if "label" in record:
@@ -170,17 +212,38 @@ class HostTransform:
         Raises:
             ValueError: the pictures keep their own sizes.
         """
+        sample: dict[str, Any] = {}
         if self.crops is not None:
-            draws = {name: (spec.count,) if spec.count > 1 else () for name, spec in self.crops.items()}
-            shapes = {name: (*draws[name], spec.size, spec.size, 3) for name, spec in self.crops.items()}
+            for name, spec in self.crops.items():
+                draws = (spec.count,) if spec.count > 1 else ()
+                sample[name] = np.zeros((*draws, spec.size, spec.size, 3), np.uint8)
+                if spec.numbers and not self.augment:
+                    sample[f"{name}/uniforms"] = np.zeros((*draws, spec.numbers), np.float32)
         elif self.size is not None:
-            shapes = {"image": (self.size, self.size, 3)}
+            sample["image"] = np.zeros((self.size, self.size, 3), np.uint8)
         else:
             raise ValueError("the pictures have no fixed size: set data.size, or cut the views on the host")
-        sample: dict[str, Any] = {name: np.zeros(shape, np.uint8) for name, shape in shapes.items()}
         if self.tokenizer is not None:
             sample["text"] = np.zeros(self.tokenizer.length, np.int32)
         return {**sample, "label": np.zeros((), np.int32)}
+
+    def _views(self, image: bytes | np.ndarray, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+        assert self.crops is not None
+        opened = Opened(image, self.max_pixels)
+        specs = [(name, spec) for name, spec in self.crops.items() for _ in range(spec.count)]
+        boxes = [_box(spec, opened.height, opened.width, rng) for _, spec in specs]
+        cut = _cut(opened, boxes, [spec.size for _, spec in specs])
+        found: dict[str, list[np.ndarray]] = {}
+        for (name, spec), view in zip(specs, cut, strict=True):
+            if rng is not None and spec.numbers:
+                uniforms = rng.random((1, spec.numbers), np.float32)
+                if self.augment:
+                    changes = spec.changes(uniforms)
+                    view = change_pixels(view, type(changes)(*(x[0] for x in changes)), spec.blur_radius)
+                else:
+                    found.setdefault(f"{name}/uniforms", []).append(uniforms[0])
+            found.setdefault(name, []).append(view)
+        return {name: views[0] if len(views) == 1 else np.stack(views) for name, views in found.items()}
 
 
 def _field(record: Mapping[str, Any], name: str) -> Any:
@@ -228,25 +291,31 @@ def _what(value: Any) -> str:
     return f"{shown[:40]} ({type(value).__name__})" if shown else f"a {type(value).__name__}"
 
 
-def _cut(image: Picture, spec: CropSpec, rng: np.random.Generator | None) -> np.ndarray:
+def _box(spec: ViewSpec, height: int, width: int, rng: np.random.Generator | None) -> Box:
     if spec.crop == "random" and rng is not None:
-        return random_resized_crop(image, rng, spec.size, spec.scale, spec.ratio)
-    return _center(image, spec.size, spec.fraction if spec.crop == "center" else 1.0)
+        return crop_box(height, width, rng, spec.scale, spec.ratio)
+    return center_box(height, width, spec.fraction if spec.crop == "center" else 1.0)
 
 
-def _center(image: Picture, size: int, fraction: float) -> np.ndarray:
+def _cut(opened: Opened, boxes: Sequence[Box], sizes: Sequence[int]) -> list[np.ndarray]:
+    """Each box resized to its size, all from one decoding, as small as they allow."""
+    room = min(min(box[2:]) / size for box, size in zip(boxes, sizes, strict=True))
+    image = opened.decode(next((shrink for shrink in _SHRINKS if shrink <= room), 1))
     height, width = image.shape[:2]
-    side = max(1, round(min(height, width) * fraction))
-    top, left = (height - side) // 2, (width - side) // 2
-    return _resize(image[top : top + side, left : left + side], size)
+    if (height, width) != (opened.height, opened.width):
+        down, across = height / opened.height, width / opened.width
+        boxes = [tuple(map(round, (t * down, l * across, h * down, w * across))) for t, l, h, w in boxes]  # noqa: E741
+    return [_resize(image, box, size) for box, size in zip(boxes, sizes, strict=True)]
 
 
-def _resize(image: np.ndarray, size: int) -> np.ndarray:
-    height, width = image.shape[:2]
+def _resize(image: np.ndarray, box: Box, size: int) -> np.ndarray:
+    top, left, height, width = box
+    part = image[top : top + height, left : left + width]
+    height, width = part.shape[:2]
     if height == width == size:
-        return np.ascontiguousarray(image)
+        return np.ascontiguousarray(part)
     shrinking = height >= size and width >= size  # area averages all that it drops, cubic enlarges smoothly
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
+    return cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
 
 
 def _decode_with_pillow(header: Announced) -> np.ndarray:

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,10 @@ from ssljax.views import ops
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-# What one draw of a view needs: uniform numbers in [0, 1), in this order. All are drawn at once, used or not: one call
-# compiles several times faster than many, and switching an operation off leaves the draws of the others as they were.
-_NUMBERS = {
-    "crop": 2 * ops.ATTEMPTS + 2,
+# What one draw of a view needs: uniform numbers in [0, 1). All are drawn at once, used or not: one call compiles
+# several times faster than many, and switching an operation off leaves the draws of the others as they were.
+_CROP = 2 * ops.ATTEMPTS + 2
+_PIXELS = {
     "flip": 1,
     "jitter": 1,
     "order": 4,
@@ -40,8 +40,23 @@ _NUMBERS = {
     "sigma": 1,
     "solarize": 1,
 }
-_ENDS = list(itertools.accumulate(_NUMBERS.values()))
-Draws = Mapping[str, Float[Array, "r _"]]
+_NUMBERS = sum(_PIXELS.values())
+
+
+class PixelChanges(NamedTuple):
+    """What happens to the pixels of r crops; numpy or jax arrays [r], `order` [r, 4]. See `View` and `views.ops`."""
+
+    flip: Any  # bool: is it done? So are jitter, grayscale, blur and solarize
+    jitter: Any
+    order: Any  # of the four adjustments, as in `ops.color_jitter`
+    brightness: Any  # factor; so are contrast and saturation
+    contrast: Any
+    saturation: Any
+    hue: Any  # turns
+    grayscale: Any
+    blur: Any
+    sigma: Any  # pixels
+    solarize: Any
 
 
 @dataclass(frozen=True)
@@ -97,8 +112,11 @@ class View:
         """Whether anything after the crop is drawn at random."""
         return any((self.flip, self.jitter, self.grayscale, self.blur, self.solarize))
 
-    def cut(self, draws: Draws, images: UInt8[Array, "b h w c"]) -> Float[Array, "r s s c"]:
-        """Crop and resize, `count` rows per image; float32 in [0, 1]. Only random crops read `draws`."""
+    def cut(self, uniforms: Any, images: UInt8[Array, "b h w c"]) -> Float[Array, "r s s c"]:
+        """Crop and resize, `count` rows per image; float32 in [0, 1].
+
+        `uniforms` [r, 22] are those of `ops.random_boxes`; only random crops read them.
+        """
         height, width = images.shape[1:3]
         if self.crop == "none":
             if (height, width) != (self.size, self.size):
@@ -112,17 +130,14 @@ class View:
             boxes = jnp.broadcast_to(box, (len(images), 1, 4))
             crops = ops.resize_crop(images, boxes, self.size, self.interpolation)
             return repeat(crops, "b 1 h w c -> (b n) h w c", n=self.count)
-        boxes = ops.random_boxes(draws["crop"], height, width, self.scale, self.ratio)
+        boxes = ops.random_boxes(uniforms, height, width, self.scale, self.ratio)
         boxes = rearrange(boxes, "(b n) box -> b n box", n=self.count)
         return rearrange(ops.resize_crop(images, boxes, self.size, self.interpolation), "b n h w c -> (b n) h w c")
 
-    def augment(self, draws: Draws, x: Float[Array, "r s s c"]) -> Float[Array, "r s s c"]:
-        """Everything after the crop. Nothing of `draws` is read unless `random_pixels`."""
-        channels = x.shape[-1]
-        if channels != 3 and (self.jitter or self.grayscale):
-            raise ValueError(
-                f"colour jitter and grayscale need 3 channels, got {channels}; set View.jitter and View.grayscale to 0"
-            )
+    def changes(self, uniforms: Any) -> PixelChanges:
+        """From uniform numbers [r, 14] in [0, 1), of numpy or jax."""
+        ends = itertools.accumulate(_PIXELS.values())
+        draws = {name: uniforms[:, end - _PIXELS[name] : end] for name, end in zip(_PIXELS, ends, strict=True)}
 
         def chosen(name):
             return draws[name][:, 0] < getattr(self, name)
@@ -130,103 +145,144 @@ class View:
         def uniform(name, low, high):
             return low + draws[name][:, 0] * (high - low)
 
-        if self.flip:
-            x = ops.choose(chosen("flip"), ops.hflip(x), x)
-        if self.jitter:
-            jittered = ops.color_jitter(
-                x,
-                jnp.argsort(draws["order"], axis=1),  # a random permutation
-                uniform("brightness", max(0.0, 1 - self.brightness), 1 + self.brightness),
-                uniform("contrast", max(0.0, 1 - self.contrast), 1 + self.contrast),
-                uniform("saturation", max(0.0, 1 - self.saturation), 1 + self.saturation),
-                uniform("hue", -self.hue, self.hue) if self.hue else None,
+        return PixelChanges(
+            flip=chosen("flip"),
+            jitter=chosen("jitter"),
+            order=draws["order"].argsort(axis=1),  # a random permutation
+            brightness=uniform("brightness", max(0.0, 1 - self.brightness), 1 + self.brightness),
+            contrast=uniform("contrast", max(0.0, 1 - self.contrast), 1 + self.contrast),
+            saturation=uniform("saturation", max(0.0, 1 - self.saturation), 1 + self.saturation),
+            hue=uniform("hue", -self.hue, self.hue),
+            grayscale=chosen("grayscale"),
+            blur=chosen("blur"),
+            sigma=uniform("sigma", *self.blur_sigma),
+            solarize=chosen("solarize"),
+        )
+
+    @property
+    def numbers(self) -> int:
+        """How many uniform numbers `changes` needs for a draw; 0 if nothing is drawn."""
+        return _NUMBERS if self.random_pixels else 0
+
+    @property
+    def blur_radius(self) -> int:
+        """At which the blur's kernel ends, in pixels."""
+        return ops.blur_radius(self.size)
+
+    def augment(self, uniforms: Any, x: Float[Array, "r s s c"]) -> Float[Array, "r s s c"]:
+        """Everything between crop and normalisation. `uniforms`, of `changes`, are not read unless `random_pixels`."""
+        if not self.random_pixels:
+            return x
+        channels = x.shape[-1]
+        if channels != 3 and (self.jitter or self.grayscale):
+            raise ValueError(
+                f"colour jitter and grayscale need 3 channels, got {channels}; set View.jitter and View.grayscale to 0"
             )
-            x = ops.choose(chosen("jitter"), jittered, x)
+        do = self.changes(uniforms)
+        if self.flip:
+            x = ops.choose(do.flip, ops.hflip(x), x)
+        if self.jitter:
+            hue = do.hue if self.hue else None
+            jittered = ops.color_jitter(x, do.order, do.brightness, do.contrast, do.saturation, hue)
+            x = ops.choose(do.jitter, jittered, x)
         if self.grayscale:
-            x = ops.choose(chosen("grayscale"), ops.grayscale(x), x)
+            x = ops.choose(do.grayscale, ops.grayscale(x), x)
         if self.blur:
-            blurred = ops.gaussian_blur(x, uniform("sigma", *self.blur_sigma), ops.blur_radius(self.size))
-            x = ops.choose(chosen("blur"), blurred, x)
+            x = ops.choose(do.blur, ops.gaussian_blur(x, do.sigma, self.blur_radius), x)
         if self.solarize:
-            x = ops.choose(chosen("solarize"), ops.solarize(x), x)
-        if any(self.mean) or set(self.std) != {1.0}:
-            if len(self.mean) not in (1, channels):
-                raise ValueError(f"View.mean and View.std have {len(self.mean)} channels, the images {channels}")
-            x = ops.normalize(x, self.mean, self.std)
+            x = ops.choose(do.solarize, ops.solarize(x), x)
         return x
+
+    def normalize(self, x: Float[Array, "r s s c"]) -> Float[Array, "r s s c"]:
+        """By `mean` and `std`."""
+        if not any(self.mean) and set(self.std) == {1.0}:
+            return x
+        if len(self.mean) not in (1, x.shape[-1]):
+            raise ValueError(f"View.mean and View.std have {len(self.mean)} channels, the images {x.shape[-1]}")
+        return ops.normalize(x, self.mean, self.std)
 
 
 @dataclass(frozen=True)
 class Views:
     """All views of a batch: `views(key, batch) -> batch`, pure, to be called inside `jit`.
 
-    crop_on="device": every view is cut from `batch[image]`, uint8 [b, h, w, c], which is dropped unless a view has its
-    name. crop_on="host": the host has cut `batch[name]` already, uint8 [b, size, size, c] or [b, count, size, size, c],
-    and only what follows the crop runs here. Either way `batch[name]` becomes float32 of that shape, and all other
-    keys pass unchanged.
+    `host` says how far the host goes (`ssljax.data.HostTransform` does it), and what is left for the device:
 
-    A row's draws depend on (`key`, row, view, draw) alone: on no other row, and on no mesh. Evaluation recipes draw
-    nothing and take key=None.
+    - "fit": all images have one size. Every view is cut from `batch[image]`, uint8 [b, h, w, c], which is dropped
+      unless a view has its name.
+    - "crop": the views are cut, and `batch[name]` is uint8 [b, size, size, c] or [b, count, size, size, c]. What
+      follows the crop runs here.
+    - "augment": the same, and only the normalisation is left. For hosts with idle cores beside a busy accelerator; the
+      pictures are those of "crop" to within 2 of 255.
+
+    Either way `batch[name]` becomes float32 of that shape, and all other keys pass unchanged.
+
+    A row's draws depend on (`key`, row, view, draw) alone: on no other row, and on no mesh. Where the host has drawn
+    them, `batch["<name>/uniforms"]`, float32 [b, (count,) 14], are used and dropped. Evaluation recipes draw nothing
+    and take key=None.
     """
 
     views: Mapping[str, View]  # name in the output batch -> recipe
-    crop_on: Literal["device", "host"] = "device"
+    host: Literal["fit", "crop", "augment"] = "fit"
     image: str = "image"  # batch key that is cut on the device
 
     @property
     def host_crops(self) -> Mapping[str, View] | None:
         """The views that the host has to cut; None if the device does."""
-        return self.views if self.crop_on == "host" else None
+        return None if self.host == "fit" else self.views
 
     def __hash__(self):  # a dict has none, and `jax.jit(views)` asks for one
-        return hash((tuple(sorted(self.views.items(), key=lambda item: item[0])), self.crop_on, self.image))
+        return hash((tuple(sorted(self.views.items(), key=lambda item: item[0])), self.host, self.image))
 
     def __call__(self, key: Key[Array, ""] | None, batch: Mapping[str, Any]) -> dict[str, Any]:
-        on_device = self.crop_on == "device"
-        output = {name: value for name, value in batch.items() if not (on_device and name == self.image)}
+        dropped = {f"{name}/uniforms" for name in self.views} | ({self.image} if self.host == "fit" else set())
+        output = {name: value for name, value in batch.items() if name not in dropped}
         # By name, not by position in the dict: configs do not keep the order.
         for position, (name, view) in enumerate(sorted(self.views.items(), key=lambda item: item[0])):
-            images = self._uint8(batch, self.image if on_device else name)
-            draws = {}
-            if view.random_pixels or (on_device and view.crop == "random"):
-                if key is None:
-                    raise ValueError(f"view {name!r} is random: give Views a key, or use an evaluation recipe")
-                draws = _draws(key, len(images), position, view.count)
-            crops = view.cut(draws, images) if on_device else _host_crops(name, view, images)
-            crops = view.augment(draws, crops)
+            images = self._uint8(batch, self.image if self.host == "fit" else name)
+            crop, pixels = self._uniforms(key, batch, name, len(images), position)
+            crops = view.cut(crop, images) if self.host == "fit" else _host_crops(name, view, images)
+            crops = view.normalize(crops if self.host == "augment" else view.augment(pixels, crops))
             output[name] = rearrange(crops, "(b n) h w c -> b n h w c", n=view.count) if view.count > 1 else crops
         return output
 
     def _uint8(self, batch, name: str):
         if name not in batch:
-            on_device = self.crop_on == "device"
-            hint = "Views.image names the key to cut" if on_device else "crop_on='host' reads one key per view"
+            hint = "Views.image names the key to cut" if self.host == "fit" else f"host={self.host!r}: one key per view"
             raise KeyError(f"the batch has no {name!r}, only {sorted(batch)}; {hint}")
         if batch[name].dtype != jnp.uint8:
             raise TypeError(f"batch[{name!r}] must be uint8 (0 to 255) before the views, got {batch[name].dtype}")
         return batch[name]
+
+    def _uniforms(self, key, batch, name: str, rows: int, position: int):
+        """The numbers of a view's crops and of their pixels, [r, _] each; None where nobody reads them."""
+        view = self.views[name]
+        crops, pixels = self.host == "fit" and view.crop == "random", self.host != "augment" and view.random_pixels
+        if not crops and (drawn := batch.get(f"{name}/uniforms")) is not None:
+            return None, drawn.reshape(-1, _NUMBERS)
+        if not crops and not pixels:
+            return None, None
+        if key is None:
+            raise ValueError(f"view {name!r} is random: give Views a key, or use an evaluation recipe")
+
+        def of_row(row_key):
+            return jax.random.uniform(jax.random.fold_in(row_key, position), (view.count, _CROP + _NUMBERS))
+
+        keys = key if key.ndim else jax.random.split(key, rows)
+        numbers = rearrange(jax.vmap(of_row)(keys), "b n u -> (b n) u")
+        return numbers[:, :_CROP], numbers[:, _CROP:]
 
 
 def _host_crops(name: str, view: View, images):
     draws = (view.count,) if view.count > 1 else ()
     if images.shape[1:-1] != (*draws, view.size, view.size):
         expected = ", ".join(map(str, ("b", *draws, view.size, view.size, "c")))
-        raise ValueError(f"crop_on='host' expects batch[{name!r}] of shape [{expected}], got {list(images.shape)}")
+        raise ValueError(f"the host was to cut batch[{name!r}] to the shape [{expected}], got {list(images.shape)}")
     return _unit(images.reshape(-1, *images.shape[-3:]))
 
 
 def _unit(images):
     return images.astype(jnp.float32) / 255
-
-
-def _draws(key, rows: int, position: int, count: int) -> Draws:
-    """The numbers of a view's draws, `count` rows per image, from a key of the batch's row and the view."""
-
-    def of_row(row_key):
-        return jax.random.uniform(jax.random.fold_in(row_key, position), (count, _ENDS[-1]))
-
-    numbers = rearrange(jax.vmap(of_row)(key if key.ndim else jax.random.split(key, rows)), "b n u -> (b n) u")
-    return dict(zip(_NUMBERS, jnp.split(numbers, _ENDS[:-1], axis=1), strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------------- recipes
