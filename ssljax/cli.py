@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--markdown", action="store_true", help="as a Markdown table")
     methods.set_defaults(verb=_methods)
 
-    data = verbs.add_parser("data", help="look at a source, or pack it into ArrayRecord shards")
+    data = verbs.add_parser("data", help="look at a source, time it, or pack it into ArrayRecord shards")
     data_verbs = data.add_subparsers(required=True, metavar="verb")
     inspect = data_verbs.add_parser("inspect", help="count, keys, shapes, classes and a contact sheet")
     inspect.add_argument(
@@ -137,6 +137,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--out", default="contact_sheet.png")
     inspect.set_defaults(verb=_inspect)
+    bench = data_verbs.add_parser("bench", help="images per second of each stage, and which one limits")
+    bench.add_argument("source")
+    bench.add_argument("--recipe", default="simclr", help="simclr, moco_v2, byol, multi_crop, mae or clip")
+    bench.add_argument("--size", type=int, default=224, help="side of the views in pixels")
+    bench.add_argument("--threads", type=int, help="of the loader; one for each core by default")
+    bench.set_defaults(verb=_bench)
     pack = data_verbs.add_parser("pack", help="write a source as ArrayRecord shards")
     pack.add_argument("source")
     pack.add_argument("folder")
@@ -295,6 +301,16 @@ def _inspect(options: argparse.Namespace) -> None:
 
     print_summary(inspect(parse_source(options.source), options.out))
     print(f"contact sheet: {options.out}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from ssljax.data import parse_source
+    from ssljax.speed import measure, show
+
+    source = parse_source(options.source)
+    Console().print(show(measure(source, options.recipe, options.size, threads=options.threads), options.source))
 
 
 def _pack(options: argparse.Namespace) -> None:

@@ -423,7 +423,7 @@ def test_host_and_device_finish_recipes_alike(recipe):
 
 
 def test_large_jpegs_are_decoded_smaller():
-    """Every view is that of the whole picture, to half a pixel of the smaller one: 4 grey levels at most in this one."""
+    """Every view is that of the whole picture, to half a pixel of the smaller one: at most 4 grey levels here."""
     y, x = np.mgrid[:600, :800].astype(np.float64)
     smooth = np.dstack([127 + 100 * np.sin(x / 60), 127 + 100 * np.cos(y / 50), 255 * x / 800]).astype(np.uint8)
     for orientation in (1, 6):
