@@ -15,6 +15,7 @@ from rich.table import Table
 from ssljax import views as recipes
 from ssljax.data import BadSample, HostTransform, Loader, Source, train_batches, typical_sample
 from ssljax.data.host import Opened
+from ssljax.data.sources.base import nearest
 from ssljax.views import View, Views
 
 RECIPES: Mapping[str, Callable[[int], dict[str, dict[str, Any]]]] = {
@@ -71,7 +72,7 @@ def measure(
       ValueError: an unknown recipe; a source without pictures, or without good ones.
     """
     if recipe not in RECIPES:
-        raise ValueError(f"there is no recipe {recipe!r}; choose one of {', '.join(RECIPES)}")
+        raise ValueError(f"there is no recipe {recipe!r}{nearest(recipe, RECIPES)}; there are {', '.join(RECIPES)}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = threads or cores
     views = {name: View(**fields) for name, fields in RECIPES[recipe](size).items()}

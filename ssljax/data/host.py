@@ -68,8 +68,8 @@ class Opened:
         try:
             # libjpeg-turbo leaves CMYK to us; Pillow knows Adobe's inverted inks
             if header.format == "JPEG" and header.channels != 4:
-                least = {"min_height": -(-header.height // shrink), "min_width": -(-header.width // shrink)}
-                picture = simplejpeg.decode_jpeg(header.data, "RGB", strict=True, **least if shrink > 1 else {})
+                height, width = (-(-side // shrink) if shrink > 1 else 0 for side in (header.height, header.width))
+                picture = simplejpeg.decode_jpeg(header.data, "RGB", min_height=height, min_width=width, strict=True)
             else:
                 picture = _decode_with_pillow(header)
         except (BadSample, MemoryError):
