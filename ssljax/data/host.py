@@ -98,7 +98,8 @@ def decode(image: bytes | np.ndarray, *, max_pixels: int = 64_000_000) -> Pictur
 
 def fit(image: Picture, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """The shorter side resized to `size`, then the centre cropped (in the other order, which costs less)."""
-    return _resize(image, center_box(*image.shape[:2], 1.0), size)
+    height, width, _ = image.shape
+    return _resize(image, center_box(height, width, 1.0), size)
 
 
 Box = tuple[int, int, int, int]  # top, left, height, width, in whole pixels
