@@ -1,9 +1,10 @@
-"""What a parquet file will unpack to, read from its page headers before pyarrow allocates it: `read_footer`, `pages`.
+"""What a parquet file will unpack to, read from its page headers before pyarrow allocates it: `check_footer`, `pages`.
 
 pyarrow trusts these headers: a few kilobytes of Zstandard, or of one value repeated, make it fill the memory.
 (Layout: the Parquet format's README and parquet.thrift; Thrift's compact protocol.)
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,25 +27,22 @@ class Pages:
     dictionary: bool  # some values are given by their number in a list of values
 
 
-def read_footer(path: Path) -> bytes:
-    """The description of a parquet file, from its end. Raises ValueError if it is out of proportion to the file."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        file.seek(max(0, size - 8))
-        length = int.from_bytes(file.read(4), "little")
-        if length > max(_FREE_FOOTER, size // _FOOTER_SHARE):
-            raise ValueError(
-                f"its footer has {length:,} of {size:,} bytes; more than {_FREE_FOOTER:,} may be a sixteenth"
-            )
-        file.seek(max(0, size - 8 - length))
-        return file.read(length)
+def check_footer(path: Path) -> None:
+    """Raises ValueError if the description of a parquet file, at its end, is out of proportion to the file."""
+    size, length = path.stat().st_size, _footer_length(path)
+    if length > max(_FREE_FOOTER, size // _FOOTER_SHARE):
+        raise ValueError(f"its footer has {length:,} of {size:,} bytes; more than {_FREE_FOOTER:,} may be a sixteenth")
 
 
-def check_histograms(footer: bytes, schema: Any) -> None:
-    """Raises ValueError for a column chunk whose histograms of levels do not fit its column.
+def check_histograms(path: Path, schema: Any) -> None:
+    """Raises ValueError for a column chunk whose histograms of levels do not fit its column (`ParquetSchema`).
 
-    `pyarrow.parquet.RowGroupMetaData.column` ends the process there. `schema`: a `pyarrow.parquet.ParquetSchema`.
+    `pyarrow.parquet.RowGroupMetaData.column` ends the process there.
     """
+    length = _footer_length(path)
+    with open(path, "rb") as file:
+        file.seek(-8 - length, os.SEEK_END)
+        footer = file.read(length)
     try:
         groups = _struct(footer, 0, depth=10)[0].get(4, [])
         for group in groups:
@@ -84,6 +82,12 @@ def pages(file: BinaryIO, column: Any) -> Pages:
         dictionary |= kind == _DICTIONARY
         unpacked, values, at = unpacked + size, values + counted, start + packed
     return Pages(unpacked, values, dictionary)
+
+
+def _footer_length(path: Path) -> int:
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 8))
+        return int.from_bytes(file.read(4), "little")
 
 
 def _count(fields: Any, number: int) -> int:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from ssljax.bounded import FREE_UNPACKED, UNPACKED_PER_BYTE
 from ssljax.data.errors import BadSample
-from ssljax.data.sources.parquet_pages import check_histograms, pages, read_footer
+from ssljax.data.sources.parquet_pages import check_footer, check_histograms, pages
 
 
 class RowGroups:
@@ -30,6 +30,7 @@ class RowGroups:
         self._places: list[tuple[Path, int]] = []
         self._parquet: dict[Path, pq.FileMetaData] = {}
         self._arrow: dict[Path, list[pa.RecordBatch]] = {}
+        self._known: set[Path] = set()  # parquet files whose column chunks can be looked at
         self._checked: set[int] = set()  # record batches whose offsets were seen to be in order
         rows: list[int] = []
         schemas: list[pa.Schema] = []
@@ -56,10 +57,9 @@ class RowGroups:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def _open(self, file: Path, schemas: list[pa.Schema]) -> list[int]:
-        footer = read_footer(file)
+        check_footer(file)
         with pq.ParquetFile(file) as opened:
             metadata = self._parquet[file] = opened.metadata
-            check_histograms(footer, opened.schema)
             schemas.append(opened.schema_arrow)
         return [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
 
@@ -135,6 +135,9 @@ class RowGroups:
                     self._checked.add(group)
                 return batch
             metadata = self._parquet[file]
+            if file not in self._known:  # not when it is opened: it takes 0.2 s for each MB of footer
+                check_histograms(file, metadata.schema)
+                self._known.add(file)
             listed = _dictionaries(file, metadata, number, columns)
             with pq.ParquetFile(file, metadata=metadata, read_dictionary=listed) as opened:
                 table = opened.read_row_group(number, columns=columns, use_threads=False)
