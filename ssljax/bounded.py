@@ -36,7 +36,7 @@ def read_file(path: str | os.PathLike[str], most: int = LARGEST_RECORD) -> bytes
         ValueError: larger, or a pipe or device (behind a link), which could block or never end.
         OSError: missing or unreadable.
     """
-    size = _plain_size(path)
+    size = plain_size(path)
     if size > most:
         raise ValueError(f"{os.fspath(path)} has {size:,} bytes, over the limit of {most:,}")
     with open(path, "rb") as file:
@@ -99,7 +99,7 @@ def read_npz(path: str | os.PathLike[str], most: int | None = None) -> dict[str,
         name, lie about their shape or unpack to far more than the file.
         OSError: missing or unreadable.
     """
-    size = _plain_size(path)
+    size = plain_size(path)
     with _SmallReads(io.FileIO(path)) as file:
         try:
             with zipfile.ZipFile(file) as archive:
@@ -122,7 +122,8 @@ class _SmallReads(io.BufferedReader):
         return data
 
 
-def _plain_size(path: str | os.PathLike[str]) -> int:
+def plain_size(path: str | os.PathLike[str]) -> int:
+    """Bytes of a plain file. Raises ValueError for pipes and devices; OSError."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{os.fspath(path)} is not a plain file")

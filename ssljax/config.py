@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from ssljax import data, evals, methods, models, views
 from ssljax.checkpoint import Checkpoints
-from ssljax.data import Loader, Source, Tokenizer, parse_source
+from ssljax.data import HostTransform, Loader, Reader, Source, Tokenizer, parse_source
 from ssljax.evals import Evaluation
 from ssljax.guard import Guard
 from ssljax.mesh import Mesh
@@ -45,7 +45,13 @@ class Data:
     eval_view: Any  # the same for frozen features: deterministic
     size: int | None = None  # side of the square that the host fits every image to; None where it cuts the views
     tokenizer: Tokenizer | None = None  # for sources with captions
+    readers: Mapping[str, Reader] = dataclasses.field(default_factory=dict)  # of videos, volumes, ...: by entry
     loader: Loader = Loader()
+
+    def transform(self, views: Any) -> HostTransform:
+        """What the host does to a record for these views."""
+        crops, augment = getattr(views, "host_crops", None), getattr(views, "host", "fit") == "augment"
+        return HostTransform(self.size, crops, augment, self.tokenizer, self.readers)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,11 @@ from ssljax.mesh import data_shards, global_batch, process_rows
 from ssljax.method import Batch, Method, Params, State
 
 
+def viewed(view: Callable[[None, Batch], Batch], batch: Batch) -> Batch:
+    """What a method sees of an evaluation batch. Texts have no view."""
+    return batch if batch.keys() <= {"text", "label", "index", "mask"} else view(None, batch)
+
+
 class Encoder:
     """Compiles a method's `features` once and runs it over sources, on all devices of the mesh.
 
@@ -39,7 +44,7 @@ class Encoder:
         self.batch_size = -(-batch_size // shards) * shards
 
         def run(params: Params, state: State, batch: Batch, names: Sequence[str]) -> Batch:
-            found = method.features(params, state, view(None, batch) if "image" in batch else batch)
+            found = method.features(params, state, viewed(view, batch))
             missing = [name for name in names if name not in found]
             if missing:
                 raise ValueError(

@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ssljax.config import Experiment, resolve, with_precision
-from ssljax.data import Batches, HostTransform, train_batches, typical_sample
+from ssljax.data import Batches, train_batches, typical_sample
 from ssljax.encode import Encoder
 from ssljax.guard import choose
 from ssljax.mesh import abstract_like, batch_sharding, check_batch_size, global_batch, process_rows, shardings
@@ -53,10 +53,7 @@ class Run:
         if e.deterministic:
             check_mesh(e.deterministic, e.batch_size, e.micro_batches, self.mesh)
         self.rows = process_rows(e.batch_size, self.mesh)
-        self.train_transform, self.eval_transform = (
-            HostTransform(e.data.size, views.host_crops, views.host == "augment", e.data.tokenizer)
-            for views in (e.data.views, e.data.eval_view)
-        )
+        self.train_transform, self.eval_transform = map(e.data.transform, (e.data.views, e.data.eval_view))
         self.batch_shapes = batch_shapes or self._read_batch_shapes()
         self.init_key, self.step_key = jax.random.split(jax.random.key(e.seed))
         parts = jax.eval_shape(self._init_method)
@@ -183,7 +180,7 @@ class Run:
     def _init_method(self):
         key = jax.random.key(0)
         views = jax.eval_shape(self.experiment.data.views, key, _samples(self.batch_shapes))
-        one_row = {name: jnp.zeros((1, *x.shape[1:]), x.dtype) for name, x in views.items()}
+        one_row = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), views)
         return self.experiment.method.init(self.init_key, one_row)
 
     def _init(self) -> TrainState:

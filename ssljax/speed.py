@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ssljax import views as recipes
 from ssljax.data import BadSample, HostTransform, Loader, Source, train_batches, typical_sample
-from ssljax.data.host import Opened
+from ssljax.data.pictures import Opened
 from ssljax.data.sources.base import nearest
 from ssljax.views import View, Views
 

@@ -550,7 +550,7 @@ def test_an_error_names_its_record_on_the_command_line(tmp_path, capsys, monkeyp
     def fail(*_):
         raise ValueError("oops")
 
-    monkeypatch.setattr("ssljax.data.host._resize", fail)
+    monkeypatch.setattr("ssljax.data.pictures._resize", fail)
     overrides = f"data.train=folder:{tmp_path / 'pictures'}", "evals={}"
     config = Path(__file__).parent.parent / "configs/simclr.py:digits"
     assert main(["train", "--config", str(config), "--workdir", str(tmp_path / "run"), *overrides]) == 1

@@ -17,7 +17,8 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 from ssljax.data.errors import BadSample
-from ssljax.data.host import HostTransform, Opened, crop_box, decode, fit
+from ssljax.data.host import HostTransform
+from ssljax.data.pictures import Opened, crop_box, decode, fit
 from ssljax.views import View, Views, byol, moco_v2, multi_crop, simclr
 
 

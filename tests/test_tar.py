@@ -113,7 +113,7 @@ def special(name, kind, target=""):
         ({"/abs.png": b"x"}, "named '/abs.png'"),
         ({"a.jpg": b"x", "a.png": b"y"}, "fields={'png': 'mask'}"),
         ({"IMG.2020.01.jpg": b"x"}, "ends at the first dot"),
-        ({"a.wav": b"x"}, r"found are \['wav'\]"),
+        ({"a.xyz": b"x"}, r"found are \['xyz'\]"),
         ({}, "no files inside"),
     ],
 )

@@ -21,7 +21,7 @@ from statistics import mean, median, stdev
 import numpy as np
 
 from ssljax.data import Npz
-from ssljax.data.host import decode
+from ssljax.data.pictures import decode
 from ssljax.evals.knn import knn
 from ssljax.evals.linear import linear_probe
 

@@ -2,9 +2,10 @@
 
 from ssljax.data.embedded import Digits
 from ssljax.data.errors import BadSample
-from ssljax.data.host import HostTransform, decode
+from ssljax.data.host import HostTransform, Reader
 from ssljax.data.inspect import inspect, print_summary
 from ssljax.data.pack import pack
+from ssljax.data.pictures import decode
 from ssljax.data.scenes import Scenes
 from ssljax.data.sources import (
     TFDS,
@@ -40,6 +41,7 @@ __all__ = [
     "Loader",
     "Npz",
     "Parquet",
+    "Reader",
     "Record",
     "Scenes",
     "SentencePiece",

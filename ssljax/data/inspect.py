@@ -1,6 +1,7 @@
 """Look at data before training on it: `inspect` counts, checks and draws a contact sheet."""
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ssljax.data.errors import BadSample
-from ssljax.data.host import decode
+from ssljax.data.pictures import decode
 from ssljax.data.sources.base import Record, Source
 
 _TILE, _GAP, _LINE, _LINES = 128, 10, 15, 3  # pixels, pixels, pixels, at most so many lines of text
@@ -35,7 +36,7 @@ def inspect(source: Source, out_png: str | None = None, n: int = 48) -> dict[str
         picture = None
         try:
             record = source[i]
-            picture = decode(record["image"]) if "image" in record else None
+            picture = preview(record)
         except BadSample as error:
             unreadable[str(record.get("key", i))] = str(error)
         records.append(record)
@@ -57,6 +58,14 @@ def inspect(source: Source, out_png: str | None = None, n: int = 48) -> dict[str
         "sampled": len(chosen),
         "unreadable": unreadable,
     }
+
+
+def preview(record: Record) -> np.ndarray | None:
+    """A record as a picture, uint8 `[H, W, 3]`; None if it has nothing to show. Raises BadSample."""
+    return next((draw(record[entry]) for entry, draw in _PREVIEWS.items() if entry in record), None)
+
+
+_PREVIEWS: Mapping[str, Callable[[Any], np.ndarray]] = {"image": decode}  # entry of a record -> its picture
 
 
 def _all_labels(counted: Counter, classes: tuple[str, ...]) -> list[int]:
@@ -130,7 +139,13 @@ def contact_sheet(records: list[Record], pictures: list[np.ndarray | None], clas
         x, y = _GAP + i % columns * cell_width, _GAP + i // columns * cell_height
         draw.rectangle((x, y, x + _TILE - 1, y + _TILE - 1), fill=_SOFT)
         if picture is None:
-            draw.text((x + 8, y + _TILE // 2), "unreadable" if "image" in record else "no image", _ALARM, font, "lm")
+            draw.text(
+                (x + 8, y + _TILE // 2),
+                "unreadable" if record.keys() & _PREVIEWS.keys() else "no picture",
+                _ALARM,
+                font,
+                "lm",
+            )
         else:
             tile = _fit(picture)
             sheet.paste(tile, (x + (_TILE - tile.width) // 2, y + (_TILE - tile.height) // 2))

@@ -18,12 +18,17 @@ import numpy as np
 
 from ssljax.bounded import parse_json, read_npz
 from ssljax.data.errors import BadSample, UnreadableIsBad
+from ssljax.data.media import MEDIA
 from ssljax.data.sources.base import Missing, OpenFiles, Record, check_index, expand_files, extension
 from ssljax.data.tar_headers import Member, read_members
 
 FIELDS: Mapping[str, str] = {
-    "jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "cls": "label", "txt": "text", "json": "json",
-}  # fmt: skip
+    **{ending: kind for kind in ("video", "audio", "volume", "points") for ending in MEDIA[kind]},
+    **{ending: "image" for ending in ("jpg", "jpeg", "png", "webp")},
+    "cls": "label",
+    "txt": "text",
+    "json": "json",
+}
 """Extension of a member -> key in the record. `json` spreads an object's str, int and float entries over the record."""
 
 _VERSION = 2  # of the index file
@@ -162,8 +167,9 @@ class Tar:
     folders inside the tar are classes as in `Folder` (`cat/1.jpg`; folders that all members have in common do not
     count).
 
-    Record: `image` (bytes of jpg, jpeg, png or webp), `label` (int, of cls or of the folder), `text` (txt), fields of
-    json, `key` (name without extension). Other extensions are left out unless `fields` names them: `{"png": "mask"}`.
+    Record: `image` (bytes of jpg, jpeg, png or webp), `video`, `audio`, `volume`, `points` (bytes), `label` (int, of
+    cls or of the folder), `text` (txt), fields of json, `key` (name without extension). Other extensions are left out
+    unless `fields` names them: `{"png": "mask"}`.
     """
 
     path: str

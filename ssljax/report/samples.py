@@ -11,8 +11,8 @@ import numpy as np
 from ssljax.api import Pretrained
 from ssljax.config import build
 from ssljax.data import BadSample, Loader, Record, Source, decode, parse_source
-from ssljax.data.host import fit
-from ssljax.encode import Encoder, FrozenEncoder
+from ssljax.data.pictures import fit
+from ssljax.encode import Encoder, FrozenEncoder, viewed
 from ssljax.report.page import short_text
 
 MOST = 1_000  # samples that are embedded
@@ -131,8 +131,7 @@ class Samples:
         e = run.experiment
 
         def features(batch: dict[str, Any]) -> dict[str, Any]:
-            view = e.data.eval_view(None, batch) if "image" in batch else batch
-            return e.method.features(frozen.params, frozen.state, view)
+            return e.method.features(frozen.params, frozen.state, viewed(e.data.eval_view, batch))
 
         return tuple(jax.eval_shape(features, batch))
 

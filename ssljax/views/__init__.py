@@ -1,6 +1,7 @@
 """On-device augmentation: pure JAX, batched, one key per row. `ops`: the operations; `recipes`: what methods use."""
 
 from ssljax.views import ops
+from ssljax.views.per_example import PerExample, Together
 from ssljax.views.recipes import (
     CLIP_MEAN,
     CLIP_STD,
@@ -22,6 +23,8 @@ __all__ = [
     "CLIP_STD",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "PerExample",
+    "Together",
     "View",
     "Views",
     "byol",

@@ -20,6 +20,7 @@ from einops import rearrange, repeat
 from jaxtyping import Array, Float, Key, UInt8
 
 from ssljax.views import ops
+from ssljax.views.per_example import row_keys
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -231,6 +232,11 @@ class Views:
         """The views that the host has to cut; None if the device does."""
         return None if self.host == "fit" else self.views
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The entries of the batch that the views read."""
+        return (self.image,) if self.host == "fit" else tuple(self.views)
+
     def __hash__(self):  # a dict has none, and `jax.jit(views)` asks for one
         return hash((tuple(sorted(self.views.items(), key=lambda item: item[0])), self.host, self.image))
 
@@ -268,8 +274,7 @@ class Views:
         def of_row(row_key):
             return jax.random.uniform(jax.random.fold_in(row_key, position), (view.count, _CROP + _NUMBERS))
 
-        keys = key if key.ndim else jax.random.split(key, rows)
-        numbers = rearrange(jax.vmap(of_row)(keys), "b n u -> (b n) u")
+        numbers = rearrange(jax.vmap(of_row)(row_keys(key, rows)), "b n u -> (b n) u")
         return numbers[:, :_CROP], numbers[:, _CROP:]
 
 

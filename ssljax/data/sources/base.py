@@ -14,16 +14,18 @@ import numpy as np
 
 from ssljax.bounded import LARGEST_RECORD, read_file
 from ssljax.data.errors import BadSample
+from ssljax.data.media import MEDIA
 
 Record = dict[str, Any]
-"""One sample: numpy arrays, bytes, str, ints, floats, and tuples of str. Conventional keys: `image` (uint8 `[H,W,C]` or
-the encoded bytes of a picture), `label` (int), `text` (str or tuple of str), `key` (a name for messages)."""
+"""One sample: numpy arrays, bytes, str, ints, floats, tuples of str, and `Path`s of files that are better not read as a
+whole. Conventional keys: `image` (uint8 `[H,W,C]` or the encoded bytes of a picture), `video`, `audio`, `volume`,
+`points` (an array, encoded bytes, or a `Path`), `label` (int), `text` (str or tuple of str), `key` (for messages)."""
 
 Missing = Literal["error", "drop"]
 """What a source of shards does about one that is missing or damaged when it is opened. `drop`: the samples that can be
 read are used, and one last record for each such shard is bad and names it, so that the loss is counted and listed."""
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
+PICTURES = MEDIA["image"]
 
 
 @runtime_checkable

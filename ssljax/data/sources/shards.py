@@ -17,6 +17,7 @@ import safetensors.numpy
 
 from ssljax.bounded import parse_json, read_json
 from ssljax.data.errors import BadSample
+from ssljax.data.media import read_media
 from ssljax.data.sources.base import Missing, Record, check_index, expand, expand_files
 
 INDEX = "dataset.json"
@@ -24,22 +25,24 @@ _PLAIN = (str, int, float, bool)  # themselves, not their numpy subclasses
 
 
 def encode_record(record: Mapping[str, Any]) -> bytes:
-    """A record as bytes. Raises TypeError for a value that is no numeric array, bytes, str, number or tuple."""
+    """A record as bytes. Raises TypeError for a value that is no numeric array, bytes, path, str, number or tuple;
+    BadSample for an empty file, or one too large."""
     tensors: dict[str, np.ndarray] = {}
     raw: list[str] = []
     fields: dict[str, Any] = {}
     for key, value in record.items():
         if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
             tensors[key] = np.ascontiguousarray(value).reshape(value.shape)
-        elif isinstance(value, bytes):
-            tensors[key] = np.frombuffer(value, np.uint8)
+        elif isinstance(value, bytes | Path):
+            tensors[key] = np.frombuffer(read_media(value, key), np.uint8)
             raw.append(key)
         elif type(value) in _PLAIN or _is_plain_tuple(value):
             fields[key] = value
         else:
             what = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
             raise TypeError(
-                f"the entry {key!r} is {what}; a record holds numeric arrays, bytes, str, int, float and tuples of str"
+                f"the entry {key!r} is {what}; a record holds numeric arrays, bytes, paths, str, int, float, "
+                "tuples of str"
             )
     header = {"fields": json.dumps(fields), "bytes": json.dumps(raw), "order": json.dumps(list(record))}
     return safetensors.numpy.save(tensors, metadata=header)
