@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from ssljax import data, evals, methods, models, views
 from ssljax.checkpoint import Checkpoints
-from ssljax.data import HostTransform, Loader, Reader, Source, Tokenizer, parse_source
+from ssljax.data import HostTransform, Loader, Reader, Sampling, Source, Tokenizer, parse_source
 from ssljax.evals import Evaluation
 from ssljax.guard import Guard
 from ssljax.mesh import Mesh
@@ -46,7 +46,12 @@ class Data:
     size: int | None = None  # side of the square that the host fits every image to; None where it cuts the views
     tokenizer: Tokenizer | None = None  # for sources with captions
     readers: Mapping[str, Reader] = dataclasses.field(default_factory=dict)  # of videos, volumes, ...: by entry
+    sampling: Sampling = Sampling()
     loader: Loader = Loader()
+
+    def __post_init__(self):
+        if self.train is not None:
+            self.sampling.order(self.train, seed=0)  # raises where the two do not go together
 
     def transform(self, views: Any) -> HostTransform:
         """What the host does to a record for these views."""

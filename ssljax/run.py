@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ssljax.config import Experiment, resolve, with_precision
 from ssljax.data import Batches, train_batches, typical_sample
+from ssljax.data.order import History
 from ssljax.encode import Encoder
 from ssljax.guard import choose
 from ssljax.mesh import abstract_like, batch_sharding, check_batch_size, global_batch, process_rows, shardings
@@ -67,8 +68,11 @@ class Run:
         fast = {"xla_backend_optimization_level": 0} if self.mesh.devices.flat[0].platform == "cpu" else None
         return jax.jit(self._init, out_shardings=self.state_shardings, compiler_options=fast)()
 
-    def batches(self, start: int, bad_log: epath.Path | None = None) -> Batches:
-        """This process's rows of the training batches from sample position `start` on."""
+    def batches(self, start: int, bad_log: epath.Path | None = None, history: History = ()) -> Batches:
+        """This process's rows of the training batches from sample position `start` on.
+
+        `history` is that of `Progress.sampling`.
+        """
         e = self.experiment
         return train_batches(
             e.data.train,
@@ -77,6 +81,7 @@ class Run:
             seed=e.seed,
             start=start,
             rows=self.rows,
+            order=e.data.sampling.order(e.data.train, e.seed, history),
             loader=e.data.loader,
             like={
                 name: x.update(shape=x.shape[1:])

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from ssljax.data.order import History
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -35,3 +37,4 @@ class Progress:
     refused: int = 0  # steps that the guard refused
     in_a_row: int = 0  # of these, since the last one taken
     rewinds: int = 0  # since the newest checkpoint
+    sampling: History = ()  # of a mixture: (position, weights from there on)

@@ -102,7 +102,8 @@ def train(
         evaluate, meter = _Evaluator(run, log), Meter(step_fn, e.batch_size, run.mesh, clock)
         bad_log = workdir / "bad_samples.jsonl"
         flight = Flight(run, log, meter, progress, start, bad_log)
-        batches = run.batches(progress.position, bad_log)
+        progress.sampling = e.data.sampling.continued(progress.sampling, progress.position)
+        batches = run.batches(progress.position, bad_log, progress.sampling)
 
         def at(phase: str) -> Phase:
             """The loop enters a phase: for the clock, and for the watchdog."""

@@ -4,6 +4,7 @@ from ssljax.data.embedded import Digits
 from ssljax.data.errors import BadSample
 from ssljax.data.host import HostTransform, Reader
 from ssljax.data.inspect import inspect, print_summary
+from ssljax.data.order import Sampling
 from ssljax.data.pack import pack
 from ssljax.data.pictures import decode
 from ssljax.data.scenes import Scenes
@@ -43,6 +44,7 @@ __all__ = [
     "Parquet",
     "Reader",
     "Record",
+    "Sampling",
     "Scenes",
     "SentencePiece",
     "Source",

@@ -1,8 +1,9 @@
 """From a source to batches: the training stream is a pure function of (seed, position), so its state is one integer.
 
-Position `p` lies in epoch `p // n` and takes its index from that epoch's permutation; a sample's randomness is keyed by
-(seed, epoch, index). Nothing depends on threads, worker processes, the batch size or how the rows are shared out, and
-starting at step 1,000,000 costs what starting at step 0 costs.
+Position `p` lies in epoch `p // n` and takes its index from that epoch's permutation (`ssljax.data.order` knows other
+orders); a sample's randomness is keyed by (seed, index, how often it came before). Nothing depends on threads, worker
+processes, the batch size or how the rows are shared out, and starting at step 1,000,000 costs what starting at step 0
+costs.
 """
 
 import os
@@ -17,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from ssljax.data.errors import BadSample, BadSamples, UnreadableIsBad
-from ssljax.data.shuffle import shuffled
+from ssljax.data.order import Order, Sampling
 
 Batch = dict[str, np.ndarray]
 Kinds = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # shape and type of each array of a sample
@@ -101,6 +102,7 @@ def train_batches(
     seed: int,
     start: int = 0,
     rows: np.ndarray | slice | None = None,
+    order: Order | None = None,
     loader: Loader | None = None,
     steps: int | None = None,
     like: Mapping[str, Any] | None = None,
@@ -112,6 +114,7 @@ def train_batches(
         batch_size: rows of the global batch; it may exceed the size of the source.
         start: position of the first sample (samples consumed before, by all processes together).
         rows: the rows of the global batch that this process makes, in order; None for all.
+        order: of the samples, as `Sampling.order` makes it; None: shuffled anew in each epoch.
         steps: batches to make; None for no end.
         like: arrays (or anything with `shape` and `dtype`) that every sample must resemble, as `typical_sample` gives;
             a record of other arrays, shapes or types is bad. None: it is a ValueError.
@@ -119,8 +122,8 @@ def train_batches(
             Batches made ahead count: a record may be listed that the run never comes to.
 
     A bad record (the source or the transform raises `BadSample` or OSError, or see `like`) is listed, and replaced in
-    place by a record drawn from (seed, position). Every batch has `index` int32 `[rows]`, the record in each row, and
-    `replaced` int32 `[rows]`, the number of bad records met before this row was filled.
+    place by a record of the same group of `order`, drawn from (seed, position). Every batch has `index` int32 `[rows]`,
+    the record in each row, and `replaced` int32 `[rows]`, the number of bad records met before this row was filled.
 
     Raises:
         ValueError: shapes differ within a batch; 100 bad records in a row.
@@ -132,7 +135,8 @@ def train_batches(
     reader = _Reader(source, transform, loader.cache, kinds)
     length = _FOREVER if steps is None else steps
     own = _rows(rows, batch_size)
-    return Batches(_TrainSteps(reader, BadSamples(bad_log), seed, start, batch_size, own, length), loader)
+    order = order or Sampling().order(source, seed)
+    return Batches(_TrainSteps(reader, BadSamples(bad_log), order, seed, start, batch_size, own, length), loader)
 
 
 def eval_batches(
@@ -162,7 +166,8 @@ def typical_sample(source: Records, transform: Transform) -> Batch:
     Raises:
         ValueError: fewer of them agree.
     """
-    steps = _TrainSteps(_Reader(source, transform), None, 0, 0, _VOTES, np.arange(_VOTES), 1)
+    order = Sampling().order(source, 0)
+    steps = _TrainSteps(_Reader(source, transform), None, order, 0, 0, _VOTES, np.arange(_VOTES), 1)
     samples, indices, _ = steps.read(0)
     found = [tuple(sorted(_kinds(sample).items())) for sample in samples]
     kind, votes = Counter(found).most_common(1)[0]
@@ -232,6 +237,7 @@ class _TrainSteps:
 
     reader: _Reader
     bad: BadSamples | None
+    order: Order
     seed: int
     start: int
     batch_size: int
@@ -250,21 +256,21 @@ class _TrainSteps:
     def read(self, step: int) -> tuple[list[Batch], list[int], list[int]]:
         """Of each row: its sample, the index of its record, and the number of bad records met before it."""
         positions = self.start + step * self.batch_size + self.rows
-        picks, rng = shuffled(positions, len(self.reader.source), self.seed).tolist(), _SampleRng(self.seed)
-        rows = [self._fill(position, pick, rng) for position, pick in zip(positions.tolist(), picks, strict=True)]
+        draws, rng = self.order(positions), _SampleRng(self.seed)
+        columns = (column.tolist() for column in (positions, *draws))
+        rows = [self._fill(*row, rng=rng) for row in zip(*columns, strict=True)]
         samples, picks, replaced = map(list, zip(*rows, strict=True))
         return samples, picks, replaced
 
-    def _fill(self, position: int, index: int, rng: "_SampleRng") -> tuple[Batch, int, int]:
-        n = len(self.reader.source)
+    def _fill(self, position: int, index: int, visit: int, group: int, *, rng: "_SampleRng") -> tuple[Batch, int, int]:
         for attempt in range(_ATTEMPTS):
             try:
-                return self.reader.sample(index, rng.at(position // n, index)), index, attempt
+                return self.reader.sample(index, rng.at(visit, index)), index, attempt
             except BadSample as error:
                 if self.bad is not None:
                     self.bad.add(index, error)
                 last = error
-            index = int(np.random.default_rng((self.seed, position, attempt)).integers(n))
+            index = self.order.another(group, np.random.default_rng((self.seed, position, attempt)))
         raise _all_bad(last)
 
 
@@ -303,15 +309,15 @@ class _EvalSteps:
 
 
 class _SampleRng:
-    """Generators keyed by (seed, epoch, index). Philox is a function of a counter, so a new key costs 1 us, not 15."""
+    """Generators keyed by (seed, index, visit). Philox is a function of a counter, so a new key costs 1 us, not 15."""
 
     def __init__(self, seed: int):
         self.philox = np.random.Philox(np.random.SeedSequence(seed))
         self.generator = np.random.Generator(self.philox)
         self.state: Any = self.philox.state
 
-    def at(self, epoch: int, index: int) -> np.random.Generator:
-        self.state["state"]["counter"][2:] = index, epoch  # leaves 2^130 draws to each sample
+    def at(self, visit: int, index: int) -> np.random.Generator:
+        self.state["state"]["counter"][2:] = index, visit  # leaves 2^130 draws to each sample
         self.philox.state = self.state
         return self.generator
 

@@ -221,16 +221,23 @@ class Subset:
 
 @dataclass(frozen=True)
 class Concat:
-    """Several sources one after another, as one. Their classes must agree."""
+    """Several sources one after another, as one. Their classes must agree, unless their labels are left out.
+
+    How often each of them comes in training says `Sampling.weights`.
+    """
 
     sources: tuple[Source, ...]
+    labelled: bool = True
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("Concat needs at least one source")
-        if len({source.classes for source in self.sources}) > 1:
+        if self.labelled and len({source.classes for source in self.sources}) > 1:
             named = [source.classes for source in self.sources]
-            raise ValueError(f"the sources name different classes, so their labels mean different things: {named}")
+            raise ValueError(
+                f"the sources name different classes, so their labels mean different things: {named}; set "
+                "labelled=False to use them without labels"
+            )
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -238,11 +245,13 @@ class Concat:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return self.sources[0].classes
+        return self.sources[0].classes if self.labelled else ()
 
     @cached_property
     def labels(self) -> np.ndarray | None:
         """int32 `[n]`, or None if a source does not know its labels in advance."""
+        if not self.labelled:
+            return None
         parts = [getattr(source, "labels", None) for source in self.sources]
         known = [part for part in parts if part is not None]
         return np.concatenate(known) if len(known) == len(parts) else None
@@ -253,4 +262,5 @@ class Concat:
     def __getitem__(self, index: int) -> Record:
         index = check_index(index, len(self))
         which = int(np.searchsorted(self._ends, index, side="right"))
-        return self.sources[which][index - int(self._ends[which - 1] if which else 0)]
+        record = self.sources[which][index - int(self._ends[which - 1] if which else 0)]
+        return record if self.labelled else {name: value for name, value in record.items() if name != "label"}
