@@ -148,19 +148,22 @@ class HostTransform:
     def _views(self, image: bytes | np.ndarray, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         assert self.crops is not None
         opened = Opened(image, self.max_pixels)
-        specs = [(name, spec) for name, spec in self.crops.items() for _ in range(spec.count)]
-        boxes = [_box(spec, opened.height, opened.width, rng) for _, spec in specs]
-        found: dict[str, list[np.ndarray]] = {}
-        for (name, spec), view in zip(specs, cut(opened, boxes, [spec.size for _, spec in specs]), strict=True):
+        specs = [spec for spec in self.crops.values() for _ in range(spec.count)]
+        boxes = [_box(spec, opened.height, opened.width, rng) for spec in specs]
+        pictures = iter(cut(opened, boxes, [spec.size for spec in specs]))
+        sample: dict[str, np.ndarray] = {}
+        for name, spec in self.crops.items():
+            views = [next(pictures) for _ in range(spec.count)]
             if rng is not None and spec.numbers:
-                uniforms = rng.random((1, spec.numbers), np.float32)
+                uniforms = rng.random((spec.count, spec.numbers), np.float32)
                 if self.augment:
                     changes = spec.changes(uniforms)
-                    view = change_pixels(view, type(changes)(*(x[0] for x in changes)), spec.blur_radius)
+                    each = map(type(changes)._make, zip(*changes, strict=True))
+                    views = [change_pixels(view, do, spec.blur_radius) for view, do in zip(views, each, strict=True)]
                 else:
-                    found.setdefault(f"{name}/uniforms", []).append(uniforms[0])
-            found.setdefault(name, []).append(view)
-        return {name: views[0] if len(views) == 1 else np.stack(views) for name, views in found.items()}
+                    sample[f"{name}/uniforms"] = uniforms if spec.count > 1 else uniforms[0]
+            sample[name] = views[0] if spec.count == 1 else np.stack(views)
+        return sample
 
 
 def _box(spec: ViewSpec, height: int, width: int, rng: np.random.Generator | None) -> Box:

@@ -5,6 +5,7 @@ half a JPEG (one returns nothing, one a grey lower half, one raises), training m
 """
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import cv2
@@ -115,12 +116,14 @@ def crop_box(
     Its share of the area is uniform in `scale`, its aspect ratio (width / height) log-uniform in `ratio`. After ten
     boxes that do not fit into the picture: the largest central box whose ratio lies within `ratio`.
     """
+    low, high = map(math.log, ratio)
     for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        aspect = np.exp(rng.uniform(*np.log(ratio)))
-        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+        share, aspect, top, left = rng.random(4).tolist()
+        area = height * width * (scale[0] + share * (scale[1] - scale[0]))
+        aspect = math.exp(low + aspect * (high - low))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+            return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
     aspect = min(max(width / height, ratio[0]), ratio[1])
     h, w = max(1, min(height, round(width / aspect))), max(1, min(width, round(height * aspect)))
     return (height - h) // 2, (width - w) // 2, h, w
@@ -138,13 +141,28 @@ def cut(opened: Opened, boxes: Sequence[Box], sizes: Sequence[int]) -> list[np.n
 
 
 def _resize(image: np.ndarray, box: Box, size: int) -> np.ndarray:
+    """A box of the picture at `size`: enlarged by cubic interpolation, or averaged.
+
+    Below half the size OpenCV's `INTER_AREA` does that. Above, it takes three times as long as linear interpolation
+    after a blur of three taps, with which both together have the variance of the triangle that Pillow's bilinear filter
+    would use, and are as near to it.
+    """
     top, left, height, width = box
     part = image[top : top + height, left : left + width]
     height, width = part.shape[:2]
     if height == width == size:
         return np.ascontiguousarray(part)
-    shrinking = height >= size and width >= size  # area averages all that it drops, cubic enlarges smoothly
-    return cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
+    if max(height, width) <= size:
+        return cv2.resize(part, (size, size), interpolation=cv2.INTER_CUBIC)
+    if max(height, width) >= 2 * size:
+        return cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA)
+    part = cv2.sepFilter2D(part, -1, _taps(width / size), _taps(height / size), borderType=cv2.BORDER_REPLICATE)
+    return cv2.resize(part, (size, size), interpolation=cv2.INTER_LINEAR)
+
+
+def _taps(scale: float) -> np.ndarray:
+    side = max(0.0, scale**2 - 1) / 12  # a triangle of half-width s has the variance s^2 / 6
+    return np.array([side, 1 - 2 * side, side])
 
 
 def _decode_with_pillow(header: Announced) -> np.ndarray:

@@ -4,6 +4,7 @@ Between uint8 and uint8 everything is float32, so the result is that of the devi
 """
 
 import math
+import threading
 from typing import Any, Protocol
 
 import cv2
@@ -32,59 +33,81 @@ class Changes(Protocol):
     solarize: Any
 
 
+class _Scratch(threading.local):
+    """Memory of each thread: new pages for every picture would take longer than what happens to it."""
+
+    def __init__(self) -> None:
+        self._numbers = np.zeros(0, np.float32)
+
+    def pair(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Two float32 arrays of this shape, valid until the next call in this thread."""
+        size = math.prod(shape)
+        if len(self._numbers) < 2 * size:
+            self._numbers = np.zeros(2 * size, np.float32)
+        return self._numbers[:size].reshape(shape), self._numbers[size : 2 * size].reshape(shape)
+
+
+_scratch = _Scratch()
+
+
 def change_pixels(image: UInt8[np.ndarray, "h w 3"], do: Changes, radius: int) -> UInt8[np.ndarray, "h w 3"]:
     """Flip, colour jitter, grayscale, blur (cut at `radius` pixels), solarise: those that are chosen."""
     if do.flip:
         image = cv2.flip(image, 1)
     if do.jitter or do.grayscale or do.blur:
-        x = image.astype(np.float32)
+        x, spare = _scratch.pair(image.shape)
+        np.copyto(x, image)
         if do.jitter:
             for number in do.order:
-                x = _ADJUSTMENTS[number](x, do)
+                _ADJUSTMENTS[number](x, do, spare)
         if do.grayscale:
-            x = cv2.transform(x, _TO_GRAY)
+            cv2.transform(x, _TO_GRAY, dst=x)
         if do.blur:
-            x = _blur(x, float(do.sigma), radius)
+            _blur(x, float(do.sigma), radius)
         image = cv2.convertScaleAbs(x)  # rounded
     return cv2.LUT(image, _SOLARIZED) if do.solarize else image
 
 
-def _brightness(x: np.ndarray, do: Changes) -> np.ndarray:
+# All of these change `x`, float32 from 0 to 255, in place.
+
+
+def _brightness(x: np.ndarray, do: Changes, _: np.ndarray) -> None:
     x *= np.float32(do.brightness)
-    return np.minimum(x, 255, out=x)
+    cv2.threshold(x, 255, 255, cv2.THRESH_TRUNC, dst=x)
 
 
-def _contrast(x: np.ndarray, do: Changes) -> np.ndarray:
+def _contrast(x: np.ndarray, do: Changes, _: np.ndarray) -> None:
     factor = float(do.contrast)
     mean = float(_GRAY @ np.array(cv2.mean(x)[:3]))
-    x *= np.float32(factor)
-    x += np.float32((1 - factor) * mean)
-    return np.clip(x, 0, 255, out=x)
+    cv2.addWeighted(x, factor, x, 0, (1 - factor) * mean, dst=x)
+    _clip(x)
 
 
-def _saturation(x: np.ndarray, do: Changes) -> np.ndarray:
+def _saturation(x: np.ndarray, do: Changes, _: np.ndarray) -> None:
     factor = np.float32(do.saturation)
-    x = cv2.transform(x, factor * np.eye(3, dtype=np.float32) + (1 - factor) * _TO_GRAY)
-    return np.clip(x, 0, 255, out=x)
+    cv2.transform(x, factor * np.eye(3, dtype=np.float32) + (1 - factor) * _TO_GRAY, dst=x)
+    _clip(x)
 
 
-def _hue(x: np.ndarray, do: Changes) -> np.ndarray:
-    if not do.hue:
-        return x
-    hsv = cv2.cvtColor(x, cv2.COLOR_RGB2HSV)
-    hue = hsv[..., 0]
-    hue += np.float32(360 * do.hue)
-    hue -= 360 * np.floor(hue / 360)
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+def _hue(x: np.ndarray, do: Changes, spare: np.ndarray) -> None:
+    if do.hue:
+        cv2.cvtColor(x, cv2.COLOR_RGB2HSV, dst=spare)
+        cv2.add(spare, (360 * float(do.hue) % 360, 0, 0, 0), dst=spare)  # it reads 400 degrees as 40, not -40 as 320
+        cv2.cvtColor(spare, cv2.COLOR_HSV2RGB, dst=x)
 
 
 _ADJUSTMENTS = (_brightness, _contrast, _saturation, _hue)  # by their numbers in `views.ops`
 
 
-def _blur(x: np.ndarray, sigma: float, radius: int) -> np.ndarray:
+def _clip(x: np.ndarray) -> None:
+    cv2.threshold(x, 0, 255, cv2.THRESH_TOZERO, dst=x)  # several times faster than np.clip
+    cv2.threshold(x, 255, 255, cv2.THRESH_TRUNC, dst=x)
+
+
+def _blur(x: np.ndarray, sigma: float, radius: int) -> None:
     if radius >= min(x.shape[:2]):
         raise ValueError(f"a blur of radius {radius} needs more than {radius} pixels a side, not {x.shape[:2]}")
     radius = min(radius, max(1, math.ceil(_SIGMAS * sigma)))
     taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     taps /= taps.sum()
-    return cv2.sepFilter2D(x, -1, taps, taps, borderType=cv2.BORDER_REFLECT_101)
+    cv2.sepFilter2D(x, -1, taps, taps, dst=x, borderType=cv2.BORDER_REFLECT_101)
