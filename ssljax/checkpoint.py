@@ -120,12 +120,19 @@ class CheckpointStore:
         state = _agreed(lambda: self._load(like, step, record, sealed))
         return Restored(state, step, record.progress, record.metadata)
 
-    def check_fits(self, like: TrainState) -> None:
-        """Raises CheckpointError if the newest checkpoint belongs to another config. Reads its JSON only."""
+    def check_fits(self, like: TrainState) -> dict[str, Any]:
+        """The progress of the newest checkpoint, from its JSON; `{}` if there is none, or if it is damaged.
+
+        Raises:
+          CheckpointError: it belongs to another config.
+        """
         steps = self._agreed_steps()
         with suppress(DamagedCheckpoint):  # `resume` says what is wrong
             if steps:
-                self._check_fits(like, steps[-1], self.record(steps[-1]))
+                record = self.record(steps[-1])
+                self._check_fits(like, steps[-1], record)
+                return record.progress
+        return {}
 
     def newest_good(self, read: Callable[[int], T], report: Callable[[str], None]) -> T:
         """What `read(step)` returns for the newest step for which it does not raise `DamagedCheckpoint`.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+import psutil
 from etils import epath
 
 from ssljax.metrics import MetricLog
@@ -84,6 +85,7 @@ def describe(log: MetricLog, run: "Run", workdir: epath.Path, start: int, before
         f"{jax.process_count()} process(es); "
         f"mesh {mesh}; {e.precision}; batch {e.batch_size}; {e.optim.name}, {e.optim.explain_lr(e.batch_size)}"
     )
+    log.say(_memory_of_batches(run))
     if (parts := e.micro_batches * max(e.deterministic, 1)) > 1:
         part = e.batch_size // parts
         of = f" of {e.deterministic} logical shards" if e.deterministic else ""
@@ -98,3 +100,18 @@ def describe(log: MetricLog, run: "Run", workdir: epath.Path, start: int, before
             if old.get(name) != new.get(name):
                 log.say(f"changed since the checkpoint: {name} = {old.get(name)!r} -> {new.get(name)!r}")
     log.say(f"{'resuming at' if start else 'starting from'} step {start} of {e.steps}; files in {workdir}")
+
+
+def _memory_of_batches(run: "Run") -> str:
+    """What the loader needs at most; a warning where this machine may not have it."""
+    loader, shapes = run.experiment.data.loader, run.batch_shapes.values()
+    batch = sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes) * len(run.rows) / run.experiment.batch_size
+    most, free = loader.held * batch, psutil.virtual_memory().available
+    text = (
+        f"the loader holds at most {loader.held} batches of {batch / 2**20:,.1f} MiB: {most / 2**30:.2f} GiB a process"
+    )
+    if loader.cache:
+        text += ", and every record it has read (data.loader.cache)"
+    if most > free:
+        text += f"; only {free / 2**30:.2f} GiB are free: lower data.loader.prefetch, threads or workers"
+    return text

@@ -4,11 +4,12 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
 import jax
+import psutil
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -193,11 +194,22 @@ class Meter:
             "data_wait": self._waited / elapsed,
             "flops_per_second_per_device": per_second * self._flops,
             "goodput": self._clock.goodput(),
+            "host_memory": _host_memory() / 2**30,  # GiB
         }
         if self._peak:
             figures["mfu"] = per_second * self._flops / self._peak
         self.restart()
         return figures
+
+
+def _host_memory() -> int:
+    """Bytes of main memory that this process and its workers occupy."""
+    me = psutil.Process()
+    total = me.memory_info().rss
+    for worker in me.children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            total += worker.memory_info().rss
+    return total
 
 
 def read_records(workdir: epath.PathLike) -> list[dict[str, Any]]:

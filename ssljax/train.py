@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from typing import Any
 from uuid import uuid4
@@ -12,6 +12,7 @@ from etils import epath
 
 from ssljax.checkpoint import CheckpointStore
 from ssljax.config import Experiment
+from ssljax.data import Batches
 from ssljax.describe import describe, flatten
 from ssljax.distributed import check_alike, gather_texts
 from ssljax.encode import Pixels
@@ -81,11 +82,25 @@ def train(
                 return run.init(), Progress(), None
             return found.state, Progress(**found.progress), found.metadata["config"]
 
-        # 1. State: the newest good checkpoint of this workdir, or a fresh one. Another thread compiles meanwhile.
-        store.check_fits(like)
+        bad_log = workdir / "bad_samples.jsonl"
+
+        def read_from(progress: Progress) -> Batches:
+            """The batches from there on; the first ones are read at once."""
+            progress.sampling = e.data.sampling.continued(progress.sampling, progress.position)
+            batches = stack.enter_context(closing(run.batches(progress.position, bad_log, progress.sampling)))
+            batches.start()
+            return batches
+
+        # 1. State: the newest good checkpoint of this workdir, or a fresh one. Other threads compile and read.
+        expected = Progress(**store.check_fits(like))
+        batches = read_from(expected)
         compiling = stack.enter_context(ThreadPoolExecutor(1, "compile")).submit(run.compile_step)
         damages: list[str] = []
         state, progress, before = newest(damages.append)
+        if progress.position != expected.position:  # the newest checkpoint was damaged
+            batches.close()
+            batches = read_from(expected := progress)
+        progress.sampling = expected.sampling
         start = int(state.step)
         log = stack.enter_context(MetricLog(workdir, e.steps, start, progress.records, wandb, run.config))
         life = gather_texts(uuid4().hex)[0]
@@ -100,10 +115,7 @@ def train(
             step_fn = compiling.result()
         log.say(f"compiled the training step; waited for it {clock.seconds()['compile']:.1f} s")
         evaluate, meter = _Evaluator(run, log), Meter(step_fn, e.batch_size, run.mesh, clock)
-        bad_log = workdir / "bad_samples.jsonl"
         flight = Flight(run, log, meter, progress, start, bad_log)
-        progress.sampling = e.data.sampling.continued(progress.sampling, progress.position)
-        batches = run.batches(progress.position, bad_log, progress.sampling)
 
         def at(phase: str) -> Phase:
             """The loop enters a phase: for the clock, and for the watchdog."""

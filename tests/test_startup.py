@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 from small import clip, quick_compilation, run_steps, simclr  # noqa: F401
 
+from ssljax.checkpoint import CheckpointStore
 from ssljax.compilation import compilation_cache
-from ssljax.train import Run
+from ssljax.data.stream import _TrainSteps
+from ssljax.train import Run, train
 
 HIT = "/jax/compilation_cache/cache_hits"
 
@@ -133,3 +136,24 @@ def test_help_imports_nothing_heavy():
     root = Path(__file__).parent.parent
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert not {"jax", "numpy", "rich"} & set(out.stdout.split())
+
+
+def test_batches_are_read_while_the_state_is_restored(tmp_path, monkeypatch):
+    """Restoring waits here until the first batch of the continued run has been read; it would wait for ever."""
+    train(simclr("steps=2"), tmp_path)
+    read, resume = threading.Event(), CheckpointStore.resume
+    begin = _TrainSteps.__getitem__
+
+    def getitem(steps, index):
+        batch = begin(steps, index)
+        if steps.start == 32 and index == 0:
+            read.set()
+        return batch
+
+    def slowly(store, *args):
+        assert read.wait(60)
+        return resume(store, *args)
+
+    monkeypatch.setattr(_TrainSteps, "__getitem__", getitem)
+    monkeypatch.setattr(CheckpointStore, "resume", slowly)
+    assert int(train(simclr("steps=3"), tmp_path).state.step) == 3

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -524,3 +525,28 @@ def test_closing_ends_the_threads():
     batches.close()
     batches.close()
     assert list(batches) == []
+
+
+# --- reading ahead --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loader", [Loader(threads=3, prefetch=5), Loader(threads=1, prefetch=2)])
+def test_no_more_is_read_ahead_than_the_loader_says(loader):
+    """`start` reads before anyone asks; a consumer that takes nothing does not let memory grow."""
+    source = Numbers(1_000)
+    batches = train_batches(source, draw, batch_size=10, seed=0, loader=loader)
+    assert not source.reads
+    batches.start()
+    for taken in range(4):
+        wait_until(lambda taken=taken: len(source.reads) >= 10 * (loader.prefetch + taken))
+        time.sleep(0.1)
+        assert len(source.reads) <= 10 * (loader.prefetch + taken + 1) <= 10 * (loader.held + taken)
+        next(batches)
+    batches.close()
+
+
+def wait_until(done, seconds=30):
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -92,7 +92,7 @@ def _saturation(x: np.ndarray, do: Changes, _: np.ndarray) -> None:
 def _hue(x: np.ndarray, do: Changes, spare: np.ndarray) -> None:
     if do.hue:
         cv2.cvtColor(x, cv2.COLOR_RGB2HSV, dst=spare)
-        cv2.add(spare, (360 * float(do.hue) % 360, 0, 0, 0), dst=spare)  # it reads 400 degrees as 40, not -40 as 320
+        spare[..., 0] += np.float32(360 * float(do.hue) % 360)  # OpenCV reads 400 degrees as 40, but not -40 as 320
         cv2.cvtColor(spare, cv2.COLOR_HSV2RGB, dst=x)
 
 

@@ -62,6 +62,13 @@ class Loader:
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction is a share between 0 and 1, got {self.max_bad_fraction}")
 
+    @property
+    def held(self) -> int:
+        """How many batches are in memory at most: those ready, those that threads put together (twice: as samples, and
+        as a batch), and the one that was handed out."""
+        ahead = self.prefetch + self.threads if self.threads else 0
+        return (ahead + 1) * max(1, self.workers) + 1
+
 
 class Batches(Iterator[Batch]):
     """The iterator that `train_batches` and `eval_batches` return.
@@ -87,6 +94,11 @@ class Batches(Iterator[Batch]):
         except BaseException:
             self.close()
             raise
+
+    def start(self) -> None:
+        """Starts to read ahead, which otherwise the first `next` does."""
+        if self._batches is not None:
+            self._batches.start_prefetch()
 
     def close(self) -> None:
         if self._batches is not None:

@@ -10,6 +10,7 @@ import os
 import tarfile
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,7 @@ FIELDS: Mapping[str, str] = {
 """Extension of a member -> key in the record. `json` spreads an object's str, int and float entries over the record."""
 
 _VERSION = 2  # of the index file
+_SCANS = 16  # shards scanned at a time
 
 
 @dataclass(frozen=True)
@@ -272,9 +274,11 @@ def _group(shards: tuple[Path, ...], fields: Mapping[str, str], missing: Missing
     columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     unknown: set[str] = set()
     damaged: list[tuple[str, str]] = []
+    with ThreadPoolExecutor(_SCANS) as pool:  # a scan waits for the disk, at every header
+        indices = [pool.submit(tar_index, shard, missing) for shard in shards]
     for s, shard in enumerate(shards):
         try:
-            index = tar_index(shard, missing)
+            index = indices[s].result()
         except OSError as error:
             if missing == "error":
                 raise

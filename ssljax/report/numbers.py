@@ -46,7 +46,7 @@ _COLLAPSE: Mapping[str, tuple[str, str, tuple[float, ...]]] = {
     "alignment": ("Alignment", "Mean squared distance of pairs. 0: identical; 2: unrelated.", (0.0,)),
 }
 # Metrics with a chart of their own, and those another chart or the log says already.
-_KNOWN = ("loss", "learning_rate", "grad_norm", "images_per_second", "data_wait", "mfu")
+_KNOWN = ("loss", "learning_rate", "grad_norm", "images_per_second", "data_wait", "mfu", "host_memory")
 _PER_DEVICE = ("images_per_second_per_device", "flops_per_second_per_device")
 _SKIPPED = ("step", "time", "bad_samples", "refused_steps", "goodput", *_PER_DEVICE)
 _MOST_CHARTS = 24  # of a method's own metrics, and of evaluations
@@ -155,6 +155,9 @@ def curves(records: Records) -> Html:
     ):
         if name in names:
             charts += [line_chart(title, _lines(records, [name]), aid, percent=True, include=(0.0, 10.0))]
+    if "host_memory" in names:
+        aid = "Of the first process and its workers. Level after the start: nothing leaks."
+        charts += [line_chart("Host memory (GiB)", _lines(records, ["host_memory"]), aid, include=(0.0,))]
     training = join(el("h3", "Training"), el("div", *charts, class_="charts")) if charts else None
     measured = _evaluations(records)[:_MOST_CHARTS]
     evaluations = join(el("h3", "Evaluations"), el("div", *measured, class_="charts")) if measured else None
