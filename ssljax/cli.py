@@ -254,7 +254,8 @@ def _plan(options: argparse.Namespace) -> None:
 
     from ssljax import failures
     from ssljax.chips import Topology
-    from ssljax.plan import make_plan, ranked, ranking, show, sweep
+    from ssljax.plan import make_plan, ranked, sweep
+    from ssljax.plan_tables import ranking, show
 
     console = Console(stderr=options.json == "-", highlight=False)
     if not options.failures and (options.assume or options.save_every is not None):
@@ -268,7 +269,7 @@ def _plan(options: argparse.Namespace) -> None:
         for plan in sweep(*question, topology):
             plans.append(plan)
             console.print(ranking([plan]))
-        console.print(ranking(plans))
+        console.print(ranking(ranked(plans)))
     else:
         plans = [make_plan(*question, topology)]
         console.print(show(plans[0]))

@@ -8,25 +8,23 @@ memory, network) at its full rate, see `Plan.seconds`.
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from itertools import accumulate, product
 from operator import mul
 from typing import Any
 
 import jax
-from rich.console import Group
-from rich.table import Table
 
 from ssljax.chips import GPUS_PER_NODE, Topology
 from ssljax.config import Experiment, experiment, load_config
 from ssljax.flops import matmul_flops
 from ssljax.hlo import Program
 from ssljax.mesh import batch_sharding
+from ssljax.plan_tables import gib
 from ssljax.run import Run
 
 REMAT = ("none", "dots", "full")  # `remat` of `models.Transformer`, the more is computed again the later
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,7 @@ class Plan:
     flops: float  # of matrix products, what is rematerialised counted again
     model_flops: float  # the same with nothing computed twice (rematerialisation, micro-batches): what MFU counts
     seconds: dict[str, float]  # each resource alone: compute, memory, network; {} if the step does not fit
+    views: dict[str, float]  # the same of the views by themselves: part of the step
     memory_traffic: float  # bytes
     collectives: tuple[Traffic, ...]
     compile_seconds: float
@@ -112,8 +111,8 @@ class Plan:
         rest = self.mesh["replica"]
         if state > 0.1 * self.capacity and rest > 1:
             advice.append(
-                f"mesh.replica=1 mesh.fsdp={self.mesh['fsdp'] * rest}: parameters and optimizer take {_gib(state)} on "
-                f"every chip, sharded over {rest} times as many about {_gib(state / rest)}"
+                f"mesh.replica=1 mesh.fsdp={self.mesh['fsdp'] * rest}: parameters and optimizer take {gib(state)} on "
+                f"every chip, sharded over {rest} times as many about {gib(state / rest)}"
             )
         if less := [f"{name}=full" for name, value in self.remat.items() if value != "full"]:
             advice.append(f"{' '.join(less)}: of every block only the input is kept for the backward pass")
@@ -126,7 +125,7 @@ class Plan:
         if rows > 0:
             advice.append(f"batch_size={rows}, if temporaries shrink in proportion")
         more = -(-self.needs // self.capacity)
-        advice.append(f"about {more:.0f} times as many chips for this batch, or chips with {_gib(self.needs)}")
+        advice.append(f"about {more:.0f} times as many chips for this batch, or chips with {gib(self.needs)}")
         return tuple(advice)
 
     def as_dict(self) -> dict[str, Any]:
@@ -151,7 +150,7 @@ def make_plan(spec: str, overrides: Sequence[str], topology: Topology) -> Plan:
         arguments = run.state_shapes, run.batch_shapes
         flops, timed = (matmul_flops(run.step, *arguments, passes=passes) for passes in (lambda _: 1.0, chip.passes))
         model_flops = matmul_flops(plain.step, *arguments)
-        compiled, refusal = _compile(run, topology)
+        compiled, refusal = _compile(run.compile_step, topology)
     memory, capacity, seconds, traffic, rows, program = _state_memory(run), chip.memory, {}, 0.0, (), None
     if refusal:
         needs, capacity = refusal
@@ -192,6 +191,7 @@ def make_plan(spec: str, overrides: Sequence[str], topology: Topology) -> Plan:
         flops=flops,
         model_flops=model_flops,
         seconds=seconds,
+        views=_views(run, topology) if seconds else {},
         memory_traffic=traffic,
         collectives=rows,
         compile_seconds=time.perf_counter() - began,
@@ -225,77 +225,6 @@ def ranked(plans: Sequence[Plan]) -> list[Plan]:
     return sorted(plans, key=lambda plan: (not plan.fits, plan.slowest or 0.0, plan.needs))
 
 
-# ----------------------------------------------------------------------------------------------------------- for people
-
-
-def show(plan: Plan) -> Group:
-    """The plan of one config as tables."""
-    mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
-    head = f"[bold]{' '.join((plan.config, *plan.overrides))}[/] on {plan.topology}: {plan.chips} chips, mesh {mesh}, "
-    head += f"batch {plan.batch_size:,}; compiled in {plan.compile_seconds:.0f} s"
-    memory = Table("memory of a chip", "GiB", title_justify="left")
-    for name, size in plan.memory.items():
-        if size:
-            memory.add_row(name, f"{size / GIB:.2f}")
-    memory.add_section()
-    memory.add_row("together", f"{plan.needs / GIB:.2f}")
-    memory.add_row("there are", f"{plan.capacity / GIB:.2f}")
-    if not plan.seconds:
-        verdict = (
-            "[bold green]fits[/]"
-            if plan.fits
-            else f"[bold red]does not fit[/]: needs {_gib(plan.needs)} of {_gib(plan.capacity)} on each chip"
-        )
-        return Group(head, memory, verdict, *(f"  - {line}" for line in plan.advice), *plan.notes)
-    work = Table("a step on a chip", "amount", "ms alone")
-    amounts = f"{plan.flops / plan.chips / 1e12:.2f} TFLOP", f"{plan.memory_traffic / 1e9:.1f} GB"
-    sent = f"{sum(row.sent for row in plan.collectives) / 1e9:.3f} GB sent"
-    for (name, seconds), amount in zip(plan.seconds.items(), (*amounts, sent), strict=True):
-        work.add_row({"compute": "matrix products"}.get(name, name), amount, _ms(seconds))
-    traffic = Table("collective", "over", "times", "MB sent", "ms")
-    for row in plan.collectives:
-        traffic.add_row(row.kind, row.axes, f"{row.count:.0f}", f"{row.sent / 1e6:.2f}", _ms(row.seconds))
-    for table in (memory, work, traffic):
-        for column in table.columns[1:]:
-            column.justify = "left" if column.header == "over" else "right"
-    fastest, slowest = plan.fastest or 0.0, plan.slowest or 0.0
-    rate = [plan.batch_size / seconds for seconds in (slowest, fastest)]
-    days = [plan.steps * seconds / 86_400 for seconds in (fastest, slowest)]
-    lines = (
-        f"[bold green]fits[/]; first bottleneck: [bold]{plan.bottleneck}[/]",
-        f"step: {_ms(fastest)} ms if compute, memory and network overlap, {_ms(slowest)} ms if they take turns",
-        f"MFU: at most {100 * (plan.mfu or 0.0):.0f} % ({plan.model_flops / 1e12:,.0f} TFLOP a step without "
-        f"rematerialisation, {plan.flops / 1e12:,.0f} with it)",
-        f"{rate[0]:,.0f} to {rate[1]:,.0f} examples/s; {plan.steps:,} steps: {days[0]:.2f} to {days[1]:.2f} days",
-    )
-    return Group(head, memory, work, *([traffic] if plan.collectives else []), *lines, *plan.notes)
-
-
-def ranking(plans: Sequence[Plan]) -> Table:
-    """The plans of a sweep, the best first."""
-    table = Table("mesh", "remat", "GiB", "step, ms", "MFU at most", "first bottleneck")
-    for column in table.columns[2:5]:
-        column.justify = "right"
-    for plan in ranked(plans):
-        mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one chip"
-        policy = "/".join(dict.fromkeys(plan.remat.values()))
-        memory = f"{plan.needs / GIB:.1f} of {plan.capacity / GIB:.1f}"
-        if plan.fits and plan.fastest and plan.slowest and plan.mfu:
-            step, mfu = f"{_ms(plan.fastest)} to {_ms(plan.slowest)}", f"{100 * plan.mfu:.0f} %"
-        else:
-            step, mfu = "does not fit", ""
-        table.add_row(mesh, policy, memory, step, mfu, plan.bottleneck)
-    return table
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB"
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:,.2f}"
-
-
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
@@ -305,13 +234,13 @@ def _experiment(spec: str, overrides: Sequence[str]) -> Experiment:
     return experiment(config)
 
 
-def _compile(run: Run, topology: Topology) -> tuple[Any, tuple[float, float] | None]:
-    """The compiled step, or the compiler's refusal: the bytes that it needs, and those there are."""
+def _compile(program: Callable[..., Any], topology: Topology) -> tuple[Any, tuple[float, float] | None]:
+    """What `program(platform)` compiles, or the compiler's refusal: the bytes that it needs, and those there are."""
     if not topology.tpu:  # this code will never run: LLVM need not optimise it
         jax.config.update("jax_disable_most_optimizations", True)
     try:
         # Code for CPUs alone must not be taken for that of a GPU; GPU's own would not compile here.
-        return run.compile_step(None if topology.tpu else "tpu"), None
+        return program(None if topology.tpu else "tpu"), None
     except jax.errors.JaxRuntimeError as error:
         amount = r"\(?([\d.]+)([KMGT])\)?"
         patterns = rf"memory required .*? {amount} exceeds available HBM {amount}", rf"Used {amount} of {amount} hbm"
@@ -337,11 +266,21 @@ def _program(compiled: Any, e: Experiment, topology: Topology) -> tuple[Program 
     older = Topology.parse(f"{topology.chip.older}:{'x'.join(map(str, topology.shape))}")
     run = Run(e, older.devices)
     with jax.set_mesh(run.mesh):
-        stand_in, refusal = _compile(run, older)
+        stand_in, refusal = _compile(run.compile_step, older)
     note = f"jaxlib cannot read this chip's program ({reason}); "
     if refusal:
         return None, [f"{note}nor does it fit {older.name}, whose would stand in: no times"]
     return Program(stand_in.as_text()), [f"{note}collectives and memory traffic are those of {older.name}'s"]
+
+
+def _views(run: Run, topology: Topology) -> dict[str, float]:
+    """Seconds of the views alone: nothing of them crosses the network."""
+    chip = topology.chip
+    with jax.set_mesh(run.mesh):
+        flops = matmul_flops(run.views, run.step_key, run.batch_shapes, passes=chip.passes)
+        compiled, _ = _compile(run.compile_views, topology)
+    traffic = Program(compiled.as_text()).traffic
+    return {"compute": flops / chip.peak / len(topology.devices), "memory": traffic / chip.bandwidth}
 
 
 def _state_memory(run: Run) -> dict[str, float]:

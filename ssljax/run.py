@@ -99,12 +99,16 @@ class Run:
         rows = {**rows, "stop": np.full(len(rows["index"]), stop)}
         return global_batch(rows, self.experiment.batch_size, self.mesh)
 
+    def views(self, key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """What the method sees of a global batch."""
+        return views_of(self.experiment.data.views, key, _samples(batch))
+
     def gradient(self, state: TrainState, batch: dict[str, jax.Array]) -> Any:
         """`((loss, (method state, metrics)), gradients)` of a global batch."""
         e = self.experiment
         view_key, loss_key = jax.random.split(jax.random.fold_in(self.step_key, state.step))
         ctx = self._context(state, loss_key)
-        views = views_of(e.data.views, view_key, _samples(batch))
+        views = self.views(view_key, batch)
 
         def loss_of(params):
             return e.method.loss(params, state.method, views, ctx)
@@ -149,13 +153,24 @@ class Run:
         `platform` (of `jax.lax.platform_dependent` code) is that of the devices unless it is given.
         """
         state = abstract_like(self.state_shapes, self.state_shardings)
-        batch = abstract_like(self.batch_shapes, {name: batch_sharding(self.mesh) for name in self.batch_shapes})
         replicated = NamedSharding(self.mesh, PartitionSpec())
         step = jax.jit(self.step, donate_argnums=0, out_shardings=(self.state_shardings, replicated, replicated))
         options = compiler_options(self.mesh.devices.flat[0].platform) if self.experiment.deterministic else None
         with jax.set_mesh(self.mesh):  # every thread has its own
-            lowered = step.trace(state, batch).lower(lowering_platforms=(platform,) if platform else None)
+            lowered = step.trace(state, self._batch()).lower(lowering_platforms=(platform,) if platform else None)
             return lowered.compile(options)
+
+    def compile_views(self, platform: str | None = None) -> Any:
+        """The views alone, compiled likewise: to see what they cost."""
+        views = jax.jit(self.views, out_shardings=batch_sharding(self.mesh))
+        with jax.set_mesh(self.mesh):
+            key = jax.ShapeDtypeStruct((), self.step_key.dtype, sharding=NamedSharding(self.mesh, PartitionSpec()))
+            traced = views.trace(key, self._batch())
+            return traced.lower(lowering_platforms=(platform,) if platform else None).compile()
+
+    def _batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of a batch and where it lies."""
+        return abstract_like(self.batch_shapes, {name: batch_sharding(self.mesh) for name in self.batch_shapes})
 
     def encoder(self, method: Any = None) -> Encoder:
         """The frozen encoder of the run's method (or of another with `features`)."""

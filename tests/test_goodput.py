@@ -311,7 +311,7 @@ def plan(**changes) -> Plan:
     given = {"config": "x", "overrides": (), "topology": "h100:4096", "chips": 4_096, "mesh": {}, "remat": {},
              "batch_size": 8, "micro_batches": 1, "in_parts": False, "steps": 100_000, "state": 3e9, "capacity": 80e9,
              "memory": memory, "flops": 1.0, "model_flops": 1.0, "seconds": {"compute": 0.5, "network": 0.5},
-             "memory_traffic": 0.0, "collectives": (), "compile_seconds": 1.0, "notes": ()}  # fmt: skip
+             "views": {}, "memory_traffic": 0.0, "collectives": (), "compile_seconds": 1.0, "notes": ()}  # fmt: skip
     return Plan(**{**given, **changes})
 
 

@@ -63,6 +63,8 @@ def test_a_plan_adds_up(clip):
     assert clip.seconds["network"] == sum(row.seconds for row in clip.collectives)
     assert clip.flops > clip.model_flops  # one tower computes its blocks again
     assert clip.mfu == pytest.approx(clip.model_flops / 8 / 989e12 / clip.fastest)
+    assert 0 < clip.views["compute"] < clip.seconds["compute"]
+    assert 0 < clip.views["memory"] < clip.seconds["memory"]
     rows = 64 / 8
     # picture, text; label, index, replaced; stop
     assert clip.memory["batch"] == rows * (16 * 16 * 3 + 64 * 4 + 3 * 4 + 1)
@@ -81,7 +83,15 @@ def test_json_and_tables(capsys, monkeypatch, tmp_path):
     command = ["plan", "--config", DIGITS, "--topology", "h200:8", *SIMCLR, "batch_size=512"]
     assert main([*command, "--json", str(tmp_path / "plan.json")]) == 0
     out = capsys.readouterr().out
-    for text in ("h200:8: 8 chips", "parameters", "all-reduce", "fits; first bottleneck", "examples/s", "XLA:CPU"):
+    for text in (
+        "h200:8: 8 chips",
+        "parameters",
+        "all-reduce",
+        "fits; first bottleneck",
+        "views (augmentation), in the step",
+        "examples/s",
+        "XLA:CPU",
+    ):
         assert text in out
     found = json.loads((tmp_path / "plan.json").read_text())
     derived = {"needs", "fits", "fastest", "slowest", "mfu", "bottleneck", "advice"}
