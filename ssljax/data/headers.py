@@ -78,7 +78,7 @@ def _check_blocks(count: int, size: int, what: str) -> None:
 
 
 def _jpeg(data: bytes) -> Announced:
-    at, scans, blocks, frame, orientation = 2, 0, 0, None, 1
+    at, scans, blocks, frame, sequential, orientation = 2, 0, 0, None, False, 1
     while (found := _JPEG_MARKER.search(data, at)) is not None:
         marker, at = data[found.end() - 1], found.end()
         if marker == 0xD9:  # what follows the end is no business of a decoder
@@ -91,11 +91,13 @@ def _jpeg(data: bytes) -> Announced:
                 raise BadSample("corrupt JPEG: two headers")
             if marker > 0xC2:
                 raise BadSample(f"a JPEG of the kind SOF{marker - 0xC0} (lossless or arithmetic coding) is not read")
-            frame = struct.unpack_from(">HHB", data, at + 3)
+            frame, sequential = struct.unpack_from(">HHB", data, at + 3), marker < 0xC2
         elif marker == 0xDA:
             scans += 1
             if scans > MAX_SCANS:
                 raise BadSample(f"a JPEG of more than {MAX_SCANS} scans")
+            if sequential and frame is not None and data[at + 2] == frame[2]:
+                break  # the only one that a decoder accepts, with all channels: no need to look for more
         elif marker == 0xE1 and data.startswith(b"Exif\0\0", at + 2):
             orientation = _orientation(data[at + 8 : at + length])
         at += length

@@ -47,7 +47,8 @@ class Folder:
         if not names:
             found = sorted({extension(name) for name in files})[:8]
             instead = f"it has files with the extensions {found}" if found else "it is empty"
-            raise ValueError(f"no file to read in {root} ({', '.join(e[1:] for e in sorted(wanted))}): {instead}")
+            what = "file" if self.extensions else "picture"
+            raise ValueError(f"no {what} in {root} ({', '.join(e[1:] for e in sorted(wanted))}): {instead}")
         return tuple(names)
 
     @cached_property
