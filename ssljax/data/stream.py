@@ -17,6 +17,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from ssljax.data.buffers import Buffers
 from ssljax.data.errors import BadSample, BadSamples, UnreadableIsBad
 from ssljax.data.order import Order, Sampling
 
@@ -217,6 +218,7 @@ class _Reader:
         self.source, self.transform, self.kinds = source, transform, kinds
         self.prepare = getattr(transform, "prepare", dict)
         self.cache: dict[int, Mapping[str, Any]] | None = {} if cache else None
+        self.buffers = Buffers()
 
     def sample(self, index: int, rng: np.random.Generator | None) -> Batch:
         """Raises BadSample, with its key, for a bad record. Every other error names the record as well."""
@@ -263,7 +265,11 @@ class _TrainSteps:
         samples, picks, replaced = self.read(index)
         if self.reader.kinds is None:
             _check_alike(samples, picks)
-        return {**_stack(samples), "index": np.array(picks, np.int32), "replaced": np.array(replaced, np.int32)}
+        return {
+            **self.reader.buffers.stack(samples),
+            "index": np.array(picks, np.int32),
+            "replaced": np.array(replaced, np.int32),
+        }
 
     def read(self, step: int) -> tuple[list[Batch], list[int], list[int]]:
         """Of each row: its sample, the index of its record, and the number of bad records met before it."""
@@ -305,7 +311,7 @@ class _EvalSteps:
         samples = [self._read(row, picks, mask) for row in range(len(np.unique(picks)))]
         samples += [samples[-1]] * (len(picks) - len(samples))
         _check_alike(samples, picks)
-        return {**_stack(samples), "index": picks, "mask": mask}
+        return {**self.reader.buffers.stack(samples), "index": picks, "mask": mask}
 
     def _read(self, row: int, picks: np.ndarray, mask: np.ndarray) -> Batch:
         """The sample of this row, or the next good one, and then the row is masked."""
@@ -384,7 +390,3 @@ def _check_alike(samples: Sequence[Batch], indices: Sequence[int] | np.ndarray) 
                     f"{name!r} is {_kind(first, name)} for record {indices[0]}, but {_kind(kinds, name)} for record "
                     f"{index}: a batch needs one shape{_hint(kinds, name)}"
                 )
-
-
-def _stack(samples: Sequence[Batch]) -> Batch:
-    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
