@@ -43,8 +43,8 @@ def _references(arrays: list[np.ndarray]) -> list[int]:
     return [sys.getrefcount(array) for array in arrays]
 
 
-# What `_references` counts, itself included, where nothing but the list holds an array. Views of an array hold it, and so
-# does a jax array that shares its memory.
+# What `_references` counts, itself included, where nothing but the list holds an array. Views of an array hold it, and
+# so does a jax array that shares its memory.
 _ALONE = _references([np.empty(1)])[0]
 
 
