@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
+from small import quick_compilation  # noqa: F401
 
 from ssljax.config import build
 from ssljax.data import BadSample, Folder, HostTransform, Loader, Reader, Volume, inspect, train_batches
