@@ -3,6 +3,7 @@
 from ssljax.data.bands import Bands
 from ssljax.data.embedded import Digits
 from ssljax.data.errors import BadSample
+from ssljax.data.graphs import Graph, Graphs
 from ssljax.data.host import HostTransform, Reader
 from ssljax.data.inspect import inspect, print_summary
 from ssljax.data.pack import pack
@@ -41,6 +42,8 @@ __all__ = [
     "Concat",
     "Digits",
     "Folder",
+    "Graph",
+    "Graphs",
     "HostTransform",
     "Loader",
     "Npz",

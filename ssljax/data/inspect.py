@@ -69,6 +69,7 @@ _PREVIEWS: Mapping[str, Callable[[Any], np.ndarray]] = {  # entry of a record ->
     "image": previews.image,
     "volume": previews.volume,
     "points": previews.points,
+    "graph": previews.graph,
 }
 
 

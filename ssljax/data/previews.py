@@ -4,9 +4,11 @@ import math
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from ssljax.data.bands import channels_last
 from ssljax.data.errors import BadSample
+from ssljax.data.graphs import around, graph_arrays
 from ssljax.data.pictures import decode
 from ssljax.data.points import Points
 from ssljax.data.scans import open_volume, to_unit, typical_range
@@ -15,6 +17,9 @@ from ssljax.data.tiff import Tiff
 _SIDE = 256  # pixels of what is drawn
 _LARGEST = 2**26  # voxels of a slice
 _POINTS = 4096
+_NODES, _STEPS = 150, 80  # of a graph; of moving its nodes
+_COLOURS = ((38, 90, 170), (214, 96, 40), (60, 140, 70), (190, 50, 60), (130, 90, 170), (120, 80, 60), (210, 120, 180),
+            (110, 110, 110), (180, 170, 40), (40, 170, 190))  # fmt: skip
 
 
 def image(value: Any, max_pixels: int = 64_000_000) -> np.ndarray:
@@ -83,3 +88,41 @@ def _three(channels: int) -> list[int]:
 
 def _bytes(unit: np.ndarray) -> np.ndarray:
     return np.rint(unit * 255).astype(np.uint8)
+
+
+def graph(value: Any) -> np.ndarray:
+    """Nodes joined by their edges, coloured by label or largest feature; of a large graph the nodes around its best
+    connected one."""
+    nodes, edges = graph_arrays(value)
+    kinds = np.asarray(value.get("node_label", nodes.argmax(1) if nodes.shape[1] else np.zeros(len(nodes), int)))
+    if len(nodes) > _NODES:
+        chosen, edges = around(edges, len(nodes), _NODES, None)
+        kinds = kinds[chosen]
+    place = _spread(edges, len(kinds))
+    place = (place - place.min(0)) / np.maximum(np.ptp(place, axis=0).max(), 1e-9)
+    place += (1 - place.max(0)) / 2
+    place = [tuple(one) for one in (10 + place * (_SIDE - 20)).tolist()]
+    sheet = Image.new("RGB", (_SIDE, _SIDE), (255, 255, 255))
+    draw, radius = ImageDraw.Draw(sheet), 6 if len(kinds) <= 40 else 4
+    for a, b in edges.T.tolist():
+        draw.line((*place[a], *place[b]), (176, 176, 190), 2)
+    for (x, y), kind in zip(place, kinds.tolist(), strict=True):
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), _COLOURS[kind % len(_COLOURS)])
+    return np.asarray(sheet)
+
+
+def _spread(edges: np.ndarray, count: int) -> np.ndarray:
+    """Places `[count, 2]`: nodes repel each other, edges draw together (Fruchterman and Reingold 1991)."""
+    turns = np.arange(count) * 2 * math.pi / count
+    place = np.stack([np.cos(turns), np.sin(turns)], 1)
+    joined = np.zeros((count, count))
+    joined[edges[0], edges[1]] = joined[edges[1], edges[0]] = 1
+    wide = 1 / math.sqrt(count)
+    for step in range(_STEPS):
+        apart = place[:, None] - place[None]
+        length = np.maximum(np.sqrt((apart**2).sum(-1)), 1e-3)
+        force = wide**2 / length**2 - joined * length / wide
+        move = (apart * force[..., None]).sum(1) - 0.5 * place  # and all to the middle, lest parts drift off
+        size = np.maximum(np.sqrt((move**2).sum(1, keepdims=True)), 1e-9)
+        place += move / size * np.minimum(size, 0.1 * (1 - step / _STEPS))
+    return place
