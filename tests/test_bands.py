@@ -13,7 +13,18 @@ from PIL import Image
 from small import quick_compilation  # noqa: F401
 
 from ssljax.config import build
-from ssljax.data import Arrays, BadSample, Bands, Folder, HostTransform, Loader, Reader, inspect, train_batches
+from ssljax.data import (
+    Arrays,
+    BadSample,
+    Bands,
+    Folder,
+    HostTransform,
+    Loader,
+    Reader,
+    inspect,
+    previews,
+    train_batches,
+)
 from ssljax.data.pictures import fit
 from ssljax.data.tiff import Tiff
 from ssljax.views import View, Views
@@ -158,6 +169,21 @@ def test_real_pictures_become_views(real_data, tmp_path):
         assert not inspect(shown, str(tmp_path / "sheet.png"))["unreadable"]
 
 
+def test_false_colours(caplog):
+    pages = np.moveaxis(BASE, -1, 0)
+    for value in (tiff(BASE, planarconfig="contig"), tiff(pages), pages, BASE, tiff(BASE[..., 0].astype(np.int32))):
+        shown = previews.image(value)
+        assert (shown.shape, shown.dtype) == ((50, 70, 3), np.uint8)
+        assert np.ptp(shown) > 200
+    plain = BASE[..., :3].astype(np.uint8)
+    np.testing.assert_array_equal(previews.image(tiff(plain, photometric="rgb")), plain)
+    magenta = previews.image(np.moveaxis(BASE[..., :2], -1, 0))
+    np.testing.assert_array_equal(magenta[..., 0], magenta[..., 2])
+    with pytest.raises(BadSample):
+        previews.image(b"II*\0")
+    assert not caplog.text
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
@@ -180,6 +206,8 @@ BOMB = zlib.compress(bytes(2**26), 9)
         (handmade({256: (4, 1, 2**31)}), "corrupt"),
         (handmade({256: (4, 1, 0)}), "corrupt"),
         (handmade({257: None}), "corrupt"),
+        (handmade({257: (2, 1, 4)}), "corrupt"),  # as text
+        (handmade({270: (4, 1, 4), 273: (2, 4, 8)}), "0 starts"),
         (handmade({277: (3, 1, 0)}), "corrupt"),
         (handmade({277: (3, 1, 60_000)}), "truncated"),
         (handmade({278: (4, 1, 0)}), "corrupt"),

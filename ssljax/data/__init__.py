@@ -7,6 +7,7 @@ from ssljax.data.graphs import Graph, Graphs
 from ssljax.data.host import HostTransform, Reader
 from ssljax.data.inspect import inspect, print_summary
 from ssljax.data.pack import pack
+from ssljax.data.packing import Packed, PackedText
 from ssljax.data.pictures import decode
 from ssljax.data.points import Points
 from ssljax.data.scenes import Scenes
@@ -47,6 +48,8 @@ __all__ = [
     "HostTransform",
     "Loader",
     "Npz",
+    "Packed",
+    "PackedText",
     "Parquet",
     "Points",
     "Reader",

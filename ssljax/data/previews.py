@@ -24,19 +24,31 @@ _COLOURS = ((38, 90, 170), (214, 96, 40), (60, 140, 70), (190, 50, 60), (130, 90
 
 def image(value: Any, max_pixels: int = 64_000_000) -> np.ndarray:
     """The picture, or false colours of one with other channels than a screen has: the first, middle and last."""
-    try:
-        return decode(value, max_pixels=max_pixels)
-    except BadSample:
-        if isinstance(value, bytes) and value[:2] in (b"II", b"MM"):
-            tiff = Tiff(value, max_pixels)
-            shown = tiff.read(_three(tiff.channels))
-        elif isinstance(value, np.ndarray) and value.ndim == 3 and value.shape[2] not in (1, 3, 4):
-            array = channels_last(value)
-            shown = array[..., _three(array.shape[-1])]
-        else:
-            raise
+    tiff = _tiff(value, max_pixels)
+    if tiff is None or tiff.channels in (1, 3, 4) or tiff.samples in (3, 4):
+        try:
+            return decode(value, max_pixels=max_pixels)
+        except BadSample:
+            odd = isinstance(value, np.ndarray) and value.ndim == 3 and value.shape[2] not in (1, 3, 4)
+            if tiff is None and not odd:
+                raise
+    if tiff is not None:
+        shown = tiff.read(_three(tiff.channels))
+    else:
+        array = channels_last(value)
+        shown = array[..., _three(array.shape[-1])]
     ranges = [typical_range(channel.astype(np.float64).ravel()) for channel in np.moveaxis(shown, -1, 0)]
     return _bytes(np.stack([to_unit(shown[..., i], window) for i, window in enumerate(ranges)], -1))
+
+
+def _tiff(value: Any, max_pixels: int) -> Tiff | None:
+    """None for what is none, or cannot be read."""
+    if not isinstance(value, bytes) or value[:2] not in (b"II", b"MM"):
+        return None
+    try:
+        return Tiff(value, max_pixels)
+    except BadSample:
+        return None
 
 
 def volume(value: Any) -> np.ndarray:

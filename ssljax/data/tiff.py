@@ -21,8 +21,9 @@ from ssljax.bounded import FREE_UNPACKED, UNPACKED_PER_BYTE
 from ssljax.data.errors import BadSample
 from ssljax.data.headers import MAX_BLOCKS
 
-_TYPES = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q"}  # of tags that hold integers; 2 (text) is read on its own
-_SIZES = {2: 1, **{kind: struct.calcsize(code) for kind, code in _TYPES.items()}}
+_TYPES = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q"}  # of tags that hold integers
+_TEXT = 2
+_SIZES = {_TEXT: 1, **{kind: struct.calcsize(code) for kind, code in _TYPES.items()}}
 _FORMATS = {1: "u", 2: "i", 3: "f"}
 _NONE, _LZW, _DEFLATE, _PACKBITS = 1, 5, (8, 32946), 32773
 _MOST_PAGES = 4096
@@ -60,7 +61,8 @@ class _Page:
 
 
 class Tiff:
-    """A TIFF of which only the tags were read: `height`, `width`, `channels`, and the pixels by `read`.
+    """A TIFF of which only the tags were read: `height`, `width`, `channels` (`samples` of them in the first page), and
+    the pixels by `read`.
 
     The channels are those of the first picture, then those of each further page that resembles it. Reduced copies and
     masks do not count.
@@ -80,7 +82,8 @@ class Tiff:
             raise BadSample("a TIFF without a picture")
         first = pages[0]
         self._pages = [page for page in pages if page.kind == first.kind]
-        self.height, self.width, self.channels = first.height, first.width, first.samples * len(self._pages)
+        self.height, self.width, self.samples = first.height, first.width, first.samples
+        self.channels = first.samples * len(self._pages)
         self._max_pixels = max_pixels
 
     def read(self, channels: Sequence[int]) -> np.ndarray:
@@ -197,12 +200,11 @@ def _directory(data: bytes, order: str, big: bool, at: int) -> tuple[dict[int, t
             continue
         if where + size > len(data):
             raise BadSample(f"truncated or corrupt TIFF: the tag {tag} lies beyond its end")
-        if kind == 2:
+        if tag == _DESCRIPTION and kind == _TEXT:
             tags[tag] = (data[where : where + min(size, 2**16)],)
-        else:
-            if tag in _USED:
-                _check_blocks(values, len(data), "strips or tiles")
-                tags[tag] = struct.unpack_from(f"{order}{values}{_TYPES[kind]}", data, where)
+        elif tag in _USED and kind in _TYPES:
+            _check_blocks(values, len(data), "strips or tiles")
+            tags[tag] = struct.unpack_from(f"{order}{values}{_TYPES[kind]}", data, where)
     (following,) = struct.unpack_from(order + offset, data, at + head + entry * entries)
     return tags, following
 
