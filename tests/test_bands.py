@@ -12,7 +12,7 @@ import tifffile
 from PIL import Image
 from small import quick_compilation  # noqa: F401
 
-from ssljax.config import build
+from ssljax.config import build, resolve
 from ssljax.data import (
     Arrays,
     BadSample,
@@ -117,17 +117,19 @@ def test_windows_layouts_and_the_cache():
     prepared = reader.prepare(BASE)
     assert reader.prepare(prepared) is prepared
     np.testing.assert_array_equal(reader(prepared, None)["image"], prepared.array)
-    first = Bands(50, (4, 1), (0.0, 60_000.0))
+    first = Bands(50, (4, 1), ((0.0, 60_000.0),))
     np.testing.assert_array_equal(first(np.moveaxis(BASE, -1, 0), None)["image"], first(BASE, None)["image"])
     odd = np.where(BASE > 30_000, np.nan, BASE)
     assert np.isfinite(Bands(50, (0,), dtype="float32")(odd, None)["image"]).all()
     spread = Bands(50, (0,))(BASE, None)["image"]  # percentiles
     assert (spread.min(), spread.max()) == (0, 255)
-    for wrong in ({"channels": ()}, {"size": 0}, {"window": (3, 3)}, {"window": ((0, 1),)}):
+    for wrong in ({"channels": ()}, {"size": 0}, {"window": ((3, 3),)}, {"window": ((0, 1),) * 3}):
         with pytest.raises(ValueError, match="Bands"):
             Bands(**{"size": 4, "channels": (0, 1), **wrong})
     config = {"type": "Bands", "size": 4, "channels": [0, 1], "window": [[0, 1], [0.0, 2]]}
-    assert build(Reader, config) == Bands(4, (0, 1), ((0.0, 1.0), (0.0, 2.0)))
+    bands = build(Reader, config)
+    assert bands == Bands(4, (0, 1), ((0.0, 1.0), (0.0, 2.0)))
+    assert build(Reader, resolve(bands)) == bands
 
 
 def test_views_of_six_channels():

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import ndimage
 from small import quick_compilation  # noqa: F401
 
-from ssljax.config import build
+from ssljax.config import build, resolve
 from ssljax.data import BadSample, Folder, HostTransform, Loader, Reader, Volume, inspect, train_batches
 from ssljax.data.scans import open_volume
 from ssljax.views import PerExample, VolumeView, swin_unetr
@@ -159,7 +159,11 @@ def test_wrong_settings():
     for wrong in ({"count": 0}, {"window": (1, 1)}, {"spacing": (1, 0, 1)}, {"channels": 0}, {"size": (0, 1, 1)}):
         with pytest.raises(ValueError, match=r"must be|millimetres"):
             Volume(**{"size": (4, 4, 4), **wrong})
-    assert build(Reader, {"type": "Volume", "size": (4, 4, 4), "window": [0, 1]}) == Volume((4, 4, 4), window=(0, 1))
+    reader = build(Reader, {"type": "Volume", "size": (4, 4, 4), "window": [0, 1]})
+    assert reader == Volume((4, 4, 4), window=(0, 1))
+    assert build(Reader, resolve(reader)) == reader
+    views = build(PerExample, {"views": swin_unetr(8)})
+    assert build(PerExample, resolve(views)).views == views.views
 
 
 # --- from real files to views ---------------------------------------------------------------------

@@ -26,7 +26,7 @@ class Bands:
     Values: a TIFF (see `ssljax.data.tiff`; pages count as channels), as bytes or a `Path`; arrays `[H, W]`, `[C, H, W]`
     or `[H, W, C]`. The shorter side is resized to `size` and the centre cropped, as for other pictures.
 
-    `window`: the intensities that become 0 and 1, of all channels or one pair for each; what lies outside is clipped.
+    `window`: the intensities that become 0 and 1, (low, high); what lies outside is clipped.
     None: the range of the type for bool and 8 bits, else each channel's own 0.5th and 99.5th percentile. NaN is 0.
 
     Raises:
@@ -35,7 +35,7 @@ class Bands:
 
     size: int
     channels: tuple[int, ...]  # counted from 0, in the order they shall have
-    window: tuple[Range, ...] | Range | None = None
+    window: tuple[Range, ...] | None = None  # one for all channels, or one for each
     dtype: Literal["uint8", "float32"] = "uint8"
     layout: Literal["guess", "CHW", "HWC"] = "guess"  # of arrays; guess: the shorter of the first and last axis is C
     max_pixels: int = 64_000_000  # of a channel, times the pages that are read
@@ -48,8 +48,8 @@ class Bands:
             window is None or -math.inf < window[0] < window[1] < math.inf for window in windows
         ):
             raise ValueError(
-                f"Bands.window must be one (low, high), low < high, or one for each of {len(self.channels)} channels, "
-                f"got {self.window}"
+                f"Bands.window must be one (low, high) for all, low < high, or one for each of the "
+                f"{len(self.channels)} channels, as in ((0, 4000),); got {self.window}"
             )
 
     def __call__(self, value: Any, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
@@ -72,9 +72,8 @@ class Bands:
 
     @property
     def _windows(self) -> tuple[Range | None, ...]:
-        if self.window is None or not isinstance(self.window[0], tuple):
-            return (self.window,) * len(self.channels)  # type: ignore[return-value]
-        return self.window  # type: ignore[return-value]
+        windows = self.window or (None,)
+        return windows * len(self.channels) if len(windows) == 1 else windows
 
     def _raw(self, value: Any) -> np.ndarray:
         if isinstance(value, bytes | Path):

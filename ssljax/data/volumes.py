@@ -20,7 +20,8 @@ class Volume:
 
     Values: NIfTI (`.nii`, `.nii.gz`) or `.npy`, as bytes or a `Path`; arrays `[D, H, W]` or `[D, H, W, C]`. A crop has
     a random place, or the central one without an `rng`; where the volume is smaller than `size`, it lies in the middle
-    of zeros. Of a file no more is read than the crops need, except that gzip has to be unpacked up to their end.
+    of zeros. Of a file no more is read than the crops need, except that gzip has to be unpacked up to their end, which
+    takes some fifty times as long: unpack such files once.
 
     - Axes: those of an array as they are. NIfTI is turned and mirrored to RAS+: axis 0 runs to the right of the
       patient, 1 to the front, 2 to the head, as `nibabel.as_closest_canonical` does it. Its fourth axis is C.
