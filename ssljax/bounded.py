@@ -138,22 +138,32 @@ def _check_unpacked(members: list[zipfile.ZipInfo], size: int, most: int) -> Non
         raise ValueError(f"its {size:,} bytes unpack to {unpacked:,}, over the limit of {most:,}")
 
 
+def read_array_header(file: Any, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether columns come first, and type of an array in numpy's format; `file` stands at its data afterwards.
+
+    Raises:
+        ValueError: no such header; an array of anything but numbers and text; `name` says in messages whose it is.
+    """
+    version = np.lib.format.read_magic(file)
+    if version not in _ARRAY_HEADERS:
+        raise ValueError(f"{name!r} is in version {version} of the .npy format, which is not read")
+    shape, columns_first, dtype = _ARRAY_HEADERS[version](file)
+    if dtype.kind not in _ARRAY_KINDS or not dtype.itemsize:
+        kind = "pickled objects, which are refused because they can run code" if dtype.hasobject else str(dtype)[:80]
+        raise ValueError(f"{name!r} holds {kind}; text goes into np.array(texts, dtype=str)")
+    if any(side < 0 for side in shape):
+        raise ValueError(f"{name!r} announces {dtype}{list(shape)}")
+    return shape, columns_first, dtype
+
+
 def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     name, piece = member.filename, _PIECES.get(member.compress_type)
     if piece is None:
         raise ValueError(f"{name!r} is compressed by method {member.compress_type}, which is not read")
     with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in _ARRAY_HEADERS:
-            raise ValueError(f"{name!r} is in version {version} of the .npy format, which is not read")
-        shape, columns_first, dtype = _ARRAY_HEADERS[version](file)
-        if dtype.kind not in _ARRAY_KINDS or not dtype.itemsize:
-            kind = (
-                "pickled objects, which are refused because they can run code" if dtype.hasobject else str(dtype)[:80]
-            )
-            raise ValueError(f"{name!r} holds {kind}; text goes into np.array(texts, dtype=str)")
+        shape, columns_first, dtype = read_array_header(file, name)
         size = member.file_size - file.tell()
-        if any(side < 0 for side in shape) or math.prod(shape) * dtype.itemsize != size:
+        if math.prod(shape) * dtype.itemsize != size:
             raise ValueError(f"{name!r} announces {dtype}{list(shape)}, but has {size:,} bytes")
         content = np.empty(size, np.uint8)
         for start in range(0, size, piece):

@@ -19,6 +19,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 from hostile_archives import MIB, NPZ, TAR, Cases, Files
+from hostile_arrays import BANDS, GRAPHS, POINTS, VOLUMES
 from hostile_pictures import PICTURES
 from hostile_tables import CAPTIONS, LOGS, PARQUET, TOKENIZERS
 
@@ -26,14 +27,18 @@ from ssljax.checkpoint import CheckpointError, CheckpointStore
 from ssljax.data import (
     ArrayRecord,
     BadSample,
+    Bands,
     Captions,
     ClipBPE,
+    Graphs,
     Npz,
     Parquet,
+    Points,
     SentencePiece,
     Source,
     Tar,
     TokenizerFile,
+    Volume,
     decode,
 )
 from ssljax.metrics import read_records
@@ -83,6 +88,10 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "clip": lambda path: ClipBPE(str(path))("a photo of a dog"),
     "tokenizer.json": lambda path: TokenizerFile(str(path), 16)("a dog ﬁ"),
     "sentencepiece": lambda path: SentencePiece(str(path), 16)("a dog ﬁ"),
+    "volume": lambda path: Volume((64, 64, 64), spacing=(1, 1, 1))(path, np.random.default_rng(0)),
+    "points": lambda path: Points(1024)(path, None),
+    "bands": lambda path: Bands(64, (0,))(path, None),
+    "graphs": lambda path: Graphs(str(path))[0],
     "records": lambda path: read_records(path.parent),
     "checkpoint": read_checkpoint,
 }
@@ -101,6 +110,10 @@ CASES: dict[str, Case] = {
     **_named("captions", CAPTIONS),
     **{f"tokenizer: {name}": Case(*case) for name, case in TOKENIZERS.items()},
     **_named("records", LOGS),
+    **_named("volume", VOLUMES),
+    **_named("points", POINTS),
+    **_named("bands", BANDS),
+    **_named("graphs", GRAPHS),
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -238,6 +239,20 @@ def test_tokenisers_travel_to_worker_processes(tmp_path, sentencepiece_model, to
         copy = pickle.loads(pickle.dumps(tokenizer))
         assert copy == tokenizer
         np.testing.assert_array_equal(copy("the cat"), expected)
+
+
+def test_ids_are_the_whole_text(tmp_path, sentencepiece_model, tokenizer_json):
+    text = "the cat sat on the mat, and so did the bird"
+    for tokenizer in (
+        ByteTokenizer(200),
+        ClipBPE(merges_file(tmp_path / "bpe.txt.gz"), 200),
+        SentencePiece(str(sentencepiece_model), 200),
+        TokenizerFile(tokenizer_json, 200, eos="[SEP]"),
+    ):
+        ids, short = tokenizer.ids(text), replace(tokenizer, length=5)
+        assert short.ids(text) == ids
+        np.testing.assert_array_equal(tokenizer(text), ids + [0] * (200 - len(ids)))
+        np.testing.assert_array_equal(short(text), [*ids[:4], ids[-1]])
 
 
 def test_lengths_are_checked():

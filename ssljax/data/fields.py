@@ -1,11 +1,19 @@
 """Values of a record as arrays: each function returns what a batch can hold, or raises `BadSample`."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ssljax.data.errors import BadSample
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a reader's `prepare` gives: nothing is left to do but what is drawn at random."""
+
+    array: np.ndarray
 
 
 def entry(record: Mapping[str, Any], name: str) -> Any:

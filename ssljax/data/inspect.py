@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
+from ssljax.data import previews
 from ssljax.data.errors import BadSample
-from ssljax.data.pictures import decode
 from ssljax.data.sources.base import Record, Source
 
 _TILE, _GAP, _LINE, _LINES = 128, 10, 15, 3  # pixels, pixels, pixels, at most so many lines of text
@@ -65,7 +65,12 @@ def preview(record: Record) -> np.ndarray | None:
     return next((draw(record[entry]) for entry, draw in _PREVIEWS.items() if entry in record), None)
 
 
-_PREVIEWS: Mapping[str, Callable[[Any], np.ndarray]] = {"image": decode}  # entry of a record -> its picture
+_PREVIEWS: Mapping[str, Callable[[Any], np.ndarray]] = {  # entry of a record -> its picture
+    "image": previews.image,
+    "volume": previews.volume,
+    "points": previews.points,
+    "graph": previews.graph,
+}
 
 
 def _all_labels(counted: Counter, classes: tuple[str, ...]) -> list[int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ssljax.data.embedded import Digits
+from ssljax.data.graphs import Graphs
 from ssljax.data.scenes import Scenes
 from ssljax.data.sources.arrays import Npz
 from ssljax.data.sources.base import Source, expand, extension, nearest
@@ -23,8 +24,8 @@ _TEXT_COLUMNS = ("caption", "captions", "text", "title", "sentence", "descriptio
 def parse_source(spec: str) -> Source:
     """The source that `scheme:what` names, with its defaults.
 
-    `folder:DIR`, `tar:a-{000..009}.tar`, `arrayrecord:DIR`, `parquet:DIR`, `npz:FILE`, `tfds:NAME/SPLIT`,
-    `captions:TABLE` (pictures and columns are guessed), `digits:SPLIT`, `scenes:SPLIT`.
+    `folder:DIR`, `tar:a-{000..009}.tar`, `arrayrecord:DIR`, `parquet:DIR`, `npz:FILE`, `graphs:FILE`,
+    `tfds:NAME/SPLIT`, `captions:TABLE` (pictures and columns are guessed), `digits:SPLIT`, `scenes:SPLIT`.
 
     Raises:
         ValueError: unknown scheme, or a guess that is not clear.
@@ -89,6 +90,7 @@ _SCHEMES: Mapping[str, Callable[[str], Source]] = {
     "arrayrecord": ArrayRecord,
     "parquet": Parquet,
     "npz": Npz,
+    "graphs": Graphs,
     "tfds": _tfds,
     "captions": _captions,
     "digits": _digits,
@@ -101,6 +103,7 @@ _EXAMPLES = {
     "arrayrecord": "arrayrecord:packed/train",
     "parquet": "parquet:data/train",
     "npz": "npz:train.npz",
+    "graphs": "graphs:cora.npz",
     "tfds": "tfds:cifar10/train",
     "captions": "captions:captions.csv",
     "digits": "digits:train",

@@ -1,7 +1,8 @@
 """Text to int32 ids of fixed length.
 
 Every tokeniser is `(text) -> int32 [length]` with `vocab_size`, `eos_id`, `pad_id` (0) and `decode(ids) -> text`.
-One `eos_id` closes the text, also where it was cut; zeros follow. Files are read on first use.
+One `eos_id` closes the text, also where it was cut; zeros follow. `ids(text)` is all of a text, neither cut nor
+padded. Files are read on first use.
 """
 
 import base64
@@ -43,9 +44,10 @@ def _layout(ids: Sequence[int], eos_id: int, length: int) -> Ids:
     return out
 
 
-def _tokens(encode: Callable[[str], T], text: str, length: int) -> T:
+def _tokens(encode: Callable[[str], T], text: str, length: int | None) -> T:
+    """Of the start of a text that `length` tokens may need, or of the whole."""
     try:
-        return _without_panic(encode, text[: _READ * length])
+        return _without_panic(encode, text if length is None else text[: _READ * length])
     except MemoryError:
         raise
     except Exception as error:
@@ -89,6 +91,10 @@ class Tokenizer(Protocol):
     @property
     def eos_id(self) -> int: ...
     def __call__(self, text: str, /) -> Ids: ...
+    def ids(self, text: str, /) -> list[int]:
+        """Start (where there is one), tokens and end of the whole text."""
+        ...
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
 
 
@@ -105,8 +111,10 @@ class ByteTokenizer:
         _check_length(self.length, 3)
 
     def __call__(self, text: str) -> Ids:
-        start = text[: self.length].encode("utf-8", "replace")
-        return _layout([1, *(byte + 2 for byte in start)], self.eos_id, self.length)
+        return _layout(self.ids(text[: self.length])[:-1], self.eos_id, self.length)
+
+    def ids(self, text: str) -> list[int]:
+        return [1, *(byte + 2 for byte in text.encode("utf-8", "replace")), self.eos_id]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return bytes(i - 2 for i in _until_end(ids, self.eos_id) if 2 <= i < 258).decode("utf-8", "ignore")
@@ -174,6 +182,9 @@ class ClipBPE:
 
     def __call__(self, text: str) -> Ids:
         return _layout([self.bos_id, *_tokens(self._encode, text, self.length)], self.eos_id, self.length)
+
+    def ids(self, text: str) -> list[int]:
+        return [self.bos_id, *_tokens(self._encode, text, None), self.eos_id]
 
     def _encode(self, text: str) -> list[int]:
         clean = html.unescape(html.unescape(unicodedata.normalize("NFC", text)))
@@ -243,6 +254,9 @@ class SentencePiece:
     def __call__(self, text: str) -> Ids:
         return _layout(_tokens(self._model.encode, text, self.length), self.eos_id, self.length)
 
+    def ids(self, text: str) -> list[int]:
+        return [*_tokens(self._model.encode, text, None), self.eos_id]
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._model.decode(_until_end(ids, self.eos_id))
 
@@ -299,6 +313,9 @@ class TokenizerFile:
     def __call__(self, text: str) -> Ids:
         ids = _tokens(self._tokenizer.encode, text, self.length).ids
         return _layout(_until_end(ids, self.eos_id), self.eos_id, self.length)
+
+    def ids(self, text: str) -> list[int]:
+        return [*_until_end(_tokens(self._tokenizer.encode, text, None).ids, self.eos_id), self.eos_id]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode(_until_end(ids, self.eos_id))

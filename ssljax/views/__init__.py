@@ -1,7 +1,9 @@
 """On-device augmentation: pure JAX, batched, one key per row. `ops`: the operations; `recipes`: what methods use."""
 
 from ssljax.views import ops
+from ssljax.views.graphs import GraphView, grace, graphcl
 from ssljax.views.per_example import PerExample, Together
+from ssljax.views.points import PointView, point_contrast, strl
 from ssljax.views.recipes import (
     CLIP_MEAN,
     CLIP_STD,
@@ -17,22 +19,31 @@ from ssljax.views.recipes import (
     multi_crop,
     simclr,
 )
+from ssljax.views.volumes import VolumeView, swin_unetr
 
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "GraphView",
     "PerExample",
+    "PointView",
     "Together",
     "View",
     "Views",
+    "VolumeView",
     "byol",
     "clip",
     "evaluation",
+    "grace",
+    "graphcl",
     "mae",
     "moco_v2",
     "multi_crop",
     "ops",
+    "point_contrast",
     "simclr",
+    "strl",
+    "swin_unetr",
 ]

@@ -235,11 +235,11 @@ def gaussian_blur(images: Float[Array, "b h w c"], sigma: Float[Array, "b"], rad
         size = f"{images.shape[1]} x {images.shape[2]}"
         raise ValueError(f"a blur of radius {radius} needs more than {radius} pixels a side, the images have {size}")
     exact = jax.lax.Precision.HIGHEST
-    images = jnp.einsum("bsh,bhwc->bswc", _blur_weights(sigma, radius, images.shape[1]), images, precision=exact)
-    return jnp.einsum("btw,bswc->bstc", _blur_weights(sigma, radius, images.shape[2]), images, precision=exact)
+    images = jnp.einsum("bsh,bhwc->bswc", blur_weights(sigma, radius, images.shape[1]), images, precision=exact)
+    return jnp.einsum("btw,bswc->bstc", blur_weights(sigma, radius, images.shape[2]), images, precision=exact)
 
 
-def _blur_weights(sigma, radius: int, pixels: int):
+def blur_weights(sigma, radius: int, pixels: int):
     """Matrices [b, pixels, pixels]: row i holds what each pixel gives to output i, directly or reflected at an end."""
     target, source = jnp.arange(pixels)[:, None], jnp.arange(pixels)[None]
     last = pixels - 1

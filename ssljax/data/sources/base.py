@@ -19,7 +19,8 @@ from ssljax.data.media import MEDIA
 Record = dict[str, Any]
 """One sample: numpy arrays, bytes, str, ints, floats, tuples of str, and `Path`s of files that are better not read as a
 whole. Conventional keys: `image` (uint8 `[H,W,C]` or the encoded bytes of a picture), `video`, `audio`, `volume`,
-`points` (an array, encoded bytes, or a `Path`), `label` (int), `text` (str or tuple of str), `key` (for messages)."""
+`points` (an array, encoded bytes, or a `Path`), `graph` (a dict of arrays: see `ssljax.data.Graph`), `label` (int),
+`text` (str or tuple of str), `key` (for messages)."""
 
 Missing = Literal["error", "drop"]
 """What a source of shards does about one that is missing or damaged when it is opened. `drop`: the samples that can be
