@@ -1,5 +1,6 @@
 """From files to batches: sources, the training stream, host transforms, tokenisers."""
 
+from ssljax.data.audio import Waveform
 from ssljax.data.embedded import Digits
 from ssljax.data.errors import BadSample
 from ssljax.data.host import HostTransform, Reader
@@ -24,6 +25,7 @@ from ssljax.data.spec import parse_source
 from ssljax.data.stream import Batches, Loader, check_bad_fraction, eval_batches, train_batches, typical_sample
 from ssljax.data.tar import Tar
 from ssljax.data.tokenize import ByteTokenizer, ClipBPE, SentencePiece, Tokenizer, TokenizerFile
+from ssljax.data.video import Clips
 
 __all__ = [
     "TFDS",
@@ -34,6 +36,7 @@ __all__ = [
     "ByteTokenizer",
     "Captions",
     "ClipBPE",
+    "Clips",
     "Concat",
     "Digits",
     "Folder",
@@ -50,6 +53,7 @@ __all__ = [
     "Tar",
     "Tokenizer",
     "TokenizerFile",
+    "Waveform",
     "check_bad_fraction",
     "decode",
     "eval_batches",
