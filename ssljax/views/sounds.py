@@ -32,8 +32,9 @@ class LogMel:
     SpecAugment (Park et al. 2019, section 2, without time warping): masks that cover `w` bands or frames, w uniform in
     0 .. width, at a uniform place, filled with the spectrogram's mean. Leading axes are sounds of their own.
 
-    The transform is one product with a matrix of cosines and sines, into which window and pre-emphasis are multiplied:
-    it suits accelerators better than an FFT of 512, knows no complex numbers, and is as exact.
+    The transform is one convolution with cosines and sines, into which window and pre-emphasis are multiplied. It suits
+    accelerators better than an FFT of 512, knows no complex numbers, makes no copy of overlapping frames, and is as
+    exact; only a CPU would be quicker with an FFT.
     """
 
     rate: int = 16_000  # Hz
@@ -120,13 +121,14 @@ class LogMel:
             count = 1 + (len(sound) - window) // hop
         elif (count := 1 + (len(sound) - window) // hop) < 1:
             raise ValueError(f"a sound of {len(sound)} samples is shorter than a window of {window}")
-        # Frames overlap: they are put together of blocks, by slices, where single indices would be a slow gather.
+        # All products of all windows are one convolution, over the largest blocks that window and hop consist of.
         block = math.gcd(window, hop)
-        blocks = sound[: ((count - 1) * hop + window)].reshape(-1, block)
-        step, last = hop // block, (count - 1) * hop // block + 1
-        frames = jnp.concatenate([blocks[i : i + last : step] for i in range(window // block)], axis=1)
-        waves = jnp.matmul(frames, _fourier(window, self.points, self.preemphasis), precision=_EXACT)
-        cosine, sine = jnp.split(waves, 2, axis=1)
+        blocks = sound[: (count - 1) * hop + window].reshape(1, -1, block)
+        waves = _fourier(window, self.points, self.preemphasis).reshape(window // block, block, -1)
+        spectrum = jax.lax.conv_general_dilated(
+            blocks, waves, (hop // block,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"), precision=_EXACT
+        )[0]
+        cosine, sine = jnp.split(spectrum, 2, axis=1)
         high = self.rate / 2 if self.high is None else self.high
         triangles = _triangles(self.rate, self.points, self.mels, self.low, high, self.scale, self.norm)
         return jnp.matmul(cosine**2 + sine**2, triangles, precision=_EXACT)
