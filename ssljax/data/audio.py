@@ -4,7 +4,9 @@ soundfile (libsndfile) decodes, soxr resamples. Both are imported when the first
 starts without them.
 """
 
+import io
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,13 +156,23 @@ def _opened(value: Any, rate: int) -> Iterator[Sound]:
         name = next((name for magic, name in _FORMATS.items() if start.startswith(magic)), None)
         if name is None or (start[:4] in (b"RIFF", b"RIFX") and start[8:12] != b"WAVE"):
             raise BadSample(f"not a sound (starts with {start[:8]!r}); WAV, FLAC, Ogg, MP3 and AIFF are read")
-        file.seek(0)
 
         import soundfile
 
-        # By its number, a file is read without Python.
-        with soundfile.SoundFile(file.fileno() if isinstance(value, Path) else file, closefd=False) as sound:
+        if isinstance(value, Path):  # by its number, a file is read without Python
+            os.lseek(file.fileno(), 0, os.SEEK_SET)
+        with soundfile.SoundFile(file.fileno() if isinstance(value, Path) else _Bytes(value), closefd=False) as sound:
             yield _of_file(sound, name)
+
+
+class _Bytes(io.BytesIO):
+    """Says no to seeking before the start; an exception would end on the terminal, within libsndfile's callback."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            return self.tell()
 
 
 def _of_file(sound: Any, name: str) -> Sound:
