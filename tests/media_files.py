@@ -20,7 +20,7 @@ SOUNDS = {  # name -> format and coding of soundfile, rate
     "aiff": ("AIFF", "PCM_24", 32_000),
 }
 VIDEOS: dict[str, tuple[str, str, dict[str, str]]] = {  # name -> format, codec and its options
-    "h264.mp4": ("mp4", "libx264", {"g": "12", "bf": "3"}),
+    "h264.mp4": ("mp4", "libx264", {"g": "12", "bf": "3", "sc_threshold": "0"}),
     "open groups.mkv": ("matroska", "libx264", {"x264-params": "open-gop=1:keyint=12:bframes=3"}),
     "refreshed.mkv": ("matroska", "libx264", {"x264-params": "intra-refresh=1:keyint=12"}),
     "vp9.webm": ("webm", "libvpx-vp9", {"g": "12", "lag-in-frames": "16"}),

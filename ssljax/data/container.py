@@ -180,10 +180,10 @@ class OpenVideo:
         for time, frame in self._frames_from(run[0]):
             while waiting and waiting[-1] < time:
                 found[waiting.pop()] = self._picture(frame if previous is None else previous, size)
+            if waiting and waiting[-1] == time:
+                found[waiting.pop()] = self._picture(frame, size)
             if not waiting:
                 return
-            if waiting[-1] == time:
-                found[waiting.pop()] = self._picture(frame, size)
             previous = frame
         if previous is None:
             raise BadSample("no frame can be decoded")
@@ -252,7 +252,8 @@ class OpenVideo:
         shorter = min(width, height)
         if max(width, height) > 4 * MAX_ASPECT * shorter:
             raise BadSample(f"a frame of {frame.width}x{frame.height} pixels")
-        width, height = (max(size, round(side * size / shorter)) for side in (width, height))
+        # What is cut off is a whole number of pixels on each side, or the square would be half a pixel off the centre.
+        width, height = (size + 2 * round((side / shorter - 1) * size / 2) for side in (width, height))
         how = _SHRINK if size <= min(frame.width, frame.height) else _ENLARGE
         small = self._reformatter.reformat(
             frame, width, height, "rgb24", interpolation=how, src_color_range=frame.color_range, threads=1
