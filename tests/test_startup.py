@@ -115,7 +115,10 @@ def test_shapes_are_traced_once(monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), run.state_shapes, made)
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "sklearn", "tensorflow", "jax.experimental.pallas", "tensorboard"])
+@pytest.mark.parametrize(
+    "module",
+    ["matplotlib", "sklearn", "tensorflow", "jax.experimental.pallas", "tensorboard", "av", "soundfile", "soxr"],
+)
 def test_training_does_not_import(module, imported):
     assert module not in imported
 

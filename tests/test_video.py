@@ -1,4 +1,4 @@
-"""Clips of videos: the frames of a whole decoding, whatever is sought; time stamps, sound, shapes; views of clips."""
+"""Clips of videos: the frames of a whole decoding, whatever is sought; time stamps, sound, shapes."""
 
 import io
 import itertools
@@ -7,7 +7,6 @@ from fractions import Fraction
 
 import av
 import cv2
-import jax
 import numpy as np
 import pytest
 import scipy.signal
@@ -18,32 +17,28 @@ from ssljax.config import build
 from ssljax.data import BadSample, Clips, Folder, HostTransform, Loader, Tar, Waveform, eval_batches, train_batches
 from ssljax.data.container import OpenVideo
 from ssljax.data.pictures import fit
-from ssljax.views import LogMel, PerExample, Together, View, Views, simclr, video_mae
 
 SIZE = 24
 
 
-def whole(data: bytes, numbered: bool) -> dict[int, np.ndarray]:
-    """Every frame, decoded in one go: time -> uint8 of full size."""
-    with av.open(io.BytesIO(data)) as container:
-        frames = list(container.decode(video=0))
-    assert not numbered or len(frames)
-    return {i if numbered else f.pts: f.to_ndarray(format="rgb24") for i, f in enumerate(frames)}
-
-
-def check_every_start(data: bytes, starts: slice, distance: int = 3):
+def check_every_start(data: bytes, starts: slice):
     """Frames read after seeking equal, bit for bit, those that are read in one pass over the whole file."""
     film = OpenVideo(io.BytesIO(data), 16_000_000)
-    one_pass = film.read(film.times, SIZE)
-    decoded = whole(data, film._numbered)
-    assert sorted(decoded) == film.times.tolist()
-    for time, picture in one_pass.items():  # and they are the right ones
-        assert np.abs(fit(decoded[time], SIZE).astype(int) - picture).mean() < 6, time
-    for start in range(len(film.times))[starts]:
-        wanted = film.times[start : start + distance]
-        found = film.read(wanted, SIZE)
-        for time in wanted.tolist():
-            np.testing.assert_array_equal(found[time], one_pass[time])
+    one_pass, times = film.read(film.times, SIZE), []
+    with av.open(io.BytesIO(data)) as container:
+        for i, decoded in enumerate(container.decode(video=0)):
+            times.append(i if film._numbered else decoded.pts)
+            if i % 10 == 0:  # and they are the right ones
+                picture = fit(decoded.to_ndarray(format="rgb24"), SIZE).astype(int)
+                assert np.abs(picture - one_pass[times[-1]]).mean() < 5, i
+    assert times == film.times.tolist()
+    for start in range(len(times))[starts]:
+        for distance in (1, 3):
+            wanted = times[start : start + 4 * distance : distance]
+            found = film.read(wanted, SIZE)
+            assert sorted(found) == wanted
+            for time in wanted:
+                np.testing.assert_array_equal(found[time], one_pass[time])
     film.close()
 
 
@@ -59,10 +54,10 @@ def test_every_start_of_real_videos_is_exact(real_data):
     """H.264 in Matroska and MP4; MPEG-1 program streams, which have no index."""
     with tarfile.open(real_data / "video" / "clips.tar") as tar:
         members = tar.getmembers()
-        for member in members[:2] + members[20:22] + members[-2:]:
+        for member, step in ((members[0], 31), (members[20], 9), (members[-2], 101), (members[-1], 301)):
             file = tar.extractfile(member)
             assert file is not None
-            check_every_start(file.read(), slice(None, None, 7 if "grid" in member.name else 53))
+            check_every_start(file.read(), slice(5, None, step))
 
 
 def test_far_frames_in_one_call():
@@ -78,7 +73,9 @@ def test_far_frames_in_one_call():
 def test_no_more_is_decoded_than_needed(monkeypatch):
     decoded = []
     original = OpenVideo._decoded
-    monkeypatch.setattr(OpenVideo, "_decoded", lambda self, key: (decoded.append(x) or x for x in original(self, key)))
+    monkeypatch.setattr(
+        OpenVideo, "_decoded", lambda self, *given: (decoded.append(x) or x for x in original(self, *given))
+    )
     data = video_file(frames=60)  # a key frame every 12
     Clips(frames=4, size=SIZE)(data, None)
     assert len(decoded) <= 12 + 4
@@ -266,7 +263,7 @@ def test_configs():
             Clips(**({"frames": 8, "size": 32} | wrong))
 
 
-# --- through sources, the stream and the views ----------------------------------------------------
+# --- through sources and the stream ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loader", [Loader(threads=0), Loader(threads=2), Loader(threads=0, cache=True)])
@@ -285,51 +282,3 @@ def test_a_folder_in_batches(tmp_path, loader):
         np.testing.assert_array_equal(batch[name], value)
     masked = next(eval_batches(source, transform, batch_size=5, loader=loader))["mask"]
     assert masked.sum() == 4
-
-
-def test_real_videos_to_views(real_data):
-    source = Tar(str(real_data / "video" / "clips.tar"))
-    clips = Clips(4, 32, fps=10, audio=Waveform(0.4), silent="zeros")
-    views = Together(
-        (Views({"video": View(**video_mae(24)["video"])}, image="video"), PerExample({"mel": LogMel(mels=20)}))
-    )
-    batch = next(train_batches(source, HostTransform(readers={"video": clips}), batch_size=6, seed=0))
-    seen = jax.jit(views)(jax.random.key(0), {name: batch[name] for name in ("video", "audio")})
-    assert seen["video"].shape == (6, 4, 24, 24, 3)
-    assert seen["mel"].shape == (6, 41, 20)
-    assert all(np.isfinite(x).all() for x in seen.values())
-
-
-def test_a_clip_is_viewed_as_each_of_its_frames_with_the_same_key():
-    clips = np.random.default_rng(0).integers(0, 256, (3, 4, 30, 36, 3), np.uint8)
-    one, two = simclr(20).values()
-    views = {"x1": View(**one), "x2": View(**{**two, "count": 2, "solarize": 0.3, "jitter": 0.0})}
-    key = jax.random.key(1)
-    seen = jax.jit(Views(views, image="video"))(key, {"video": clips})
-    by_frame = jax.jit(Views(views))
-    assert seen["x1"].shape == (3, 4, 20, 20, 3)
-    assert seen["x2"].shape == (3, 2, 4, 20, 20, 3)
-    for t in range(4):
-        frames = by_frame(key, {"image": clips[:, t]})
-        for name, axis in (("x1", 1), ("x2", 2)):
-            np.testing.assert_allclose(np.take(np.asarray(seen[name]), t, axis), frames[name], atol=1e-5)
-    still = np.repeat(clips[:, :1], 4, axis=1)  # a clip of one picture stays one: no draw differs between frames
-    one_view = jax.jit(Views({"x1": View(**one)}, image="video"))
-    same = np.asarray(one_view(key, {"video": still})["x1"])
-    np.testing.assert_array_equal(same, np.repeat(same[:, :1], 4, axis=1))
-    alike = np.repeat(clips[:1], 3, axis=0)  # but every clip has draws of its own
-    other = np.asarray(one_view(key, {"video": alike})["x1"])
-    assert (other[0] != other[1]).any()
-
-
-def test_several_clips_of_a_video_have_draws_of_their_own():
-    clips = np.random.default_rng(0).integers(0, 256, (2, 1, 3, 30, 30, 3), np.uint8).repeat(2, axis=1)
-    views = Views({"x": View(16, flip=0.5), "y": View(16, count=3)}, image="video")
-    seen = jax.jit(views)(jax.random.key(0), {"video": clips})
-    assert seen["x"].shape == (2, 2, 3, 16, 16, 3)
-    assert seen["y"].shape == (2, 2, 3, 3, 16, 16, 3)
-    assert (seen["x"][:, 0] != seen["x"][:, 1]).any()
-    quiet = Views({"x": View(16, crop="center")}, image="video")(None, {"video": clips})["x"]
-    np.testing.assert_array_equal(quiet[:, 0], quiet[:, 1])
-    with pytest.raises(ValueError, match=r"clips are \[b, t, h, w, c\]"):
-        views(jax.random.key(0), {"video": clips[None]})

@@ -79,7 +79,7 @@ class Waveform:
         return round(self.seconds * self.rate)
 
     def __call__(self, value: Any, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
-        with _opened(value, self.rate) as sound:
+        with opened_sound(value, self.rate) as sound:
             starts = self.starts(sound.length(self.rate), rng)
             crops = [self.crop(sound, start) for start in starts]
         return {"audio": crops[0] if self.count == 1 else np.stack(crops)}
@@ -90,7 +90,7 @@ class Waveform:
 
     def prepare(self, value: Any) -> Any:
         """The whole sound as an array; one of more than 2^26 samples stays encoded."""
-        with _opened(value, self.rate) as sound:
+        with opened_sound(value, self.rate) as sound:
             if max(sound.frames * sound.channels, sound.length(self.rate) * self.channels) > _LARGEST_PREPARED:
                 return value
             return resampled(sound, self.rate, self.channels, 0, sound.length(self.rate))
@@ -146,7 +146,7 @@ def _mixed(samples: np.ndarray, channels: int) -> np.ndarray:
 
 
 @contextmanager
-def _opened(value: Any, rate: int) -> Iterator[Sound]:
+def opened_sound(value: Any, rate: int) -> Iterator[Sound]:
     """A value of a record as a `Sound`; what the codecs raise is BadSample."""
     if isinstance(value, np.ndarray):
         yield _of_array(value, rate)

@@ -5,6 +5,7 @@ Here the first bytes choose one of five formats, nothing but the given file can 
 `DECODERS`.
 """
 
+import io
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, BinaryIO
@@ -28,6 +29,7 @@ DECODERS = frozenset({
 MAX_PACKETS = 2**20  # of all tracks: ten hours of video
 MAX_WORK = 2**33  # pixels decoded for a clip: a thousand frames of 4K, or 35,000 of 640 x 360
 MAX_ASPECT = 10  # of the longer side to the shorter one
+_BOXES_OF_BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf", b"mvex", b"edts", b"udta")
 _NEAR = 8  # frames: what is this far ahead is decoded rather than sought
 _PREROLL = 0.5  # s of sound decoded before what is wanted: decoders need the frames before
 _BUFFER = 2**17  # bytes
@@ -50,8 +52,9 @@ class OpenVideo:
     """
 
     def __init__(self, file: BinaryIO, max_pixels: int):
-        start = file.read(512)
-        self._file, self._format, self._max_pixels = file, _format(start), max_pixels
+        self._file, self._format, self._max_pixels = file, _format(file.read(512)), max_pixels
+        if self._format == "mov":
+            _check_tables(file)
         self._reformatter = VideoReformatter()
         self._open()
         self.width, self.height = self._video.codec_context.width, self._video.codec_context.height
@@ -177,7 +180,7 @@ class OpenVideo:
 
     def _read_run(self, run: list[int], size: int, found: dict[int, np.ndarray]) -> None:
         previous, waiting = None, list(reversed(run))
-        for time, frame in self._frames_from(run[0]):
+        for time, frame in self._frames_from(run):
             while waiting and waiting[-1] < time:
                 found[waiting.pop()] = self._picture(frame if previous is None else previous, size)
             if waiting and waiting[-1] == time:
@@ -190,23 +193,29 @@ class OpenVideo:
         for time in waiting:
             found[time] = self._picture(previous, size)
 
-    def _frames_from(self, time: int) -> Iterator[tuple[int, Any]]:
-        """Frames in order, from a key frame at or before `time` on, or from the start."""
+    def _frames_from(self, run: list[int]) -> Iterator[tuple[int, Any]]:
+        """Frames in order, from a key frame at or before the first of `run` on, or from the start: see `_decoded`."""
+        wanted = frozenset(run)
         for back in (0, 1):  # in MPEG program streams seeking leads to the key frame after the one that was sought
-            if (key := self._key_before(time, back)) is None:
+            if (key := self._key_before(run[0], back)) is None:
                 break
-            frames = self._decoded(key)
+            frames = self._decoded(key, wanted)
             first = next(frames, None)
-            if first is not None and first[1].key_frame and first[0] <= time:
+            if first is not None and first[1].key_frame and first[0] <= run[0]:
                 yield first
                 yield from frames
                 return
-        yield from self._decoded(None)
+        yield from self._decoded(None, wanted)
 
-    def _decoded(self, key: int | None) -> Iterator[tuple[int, Any]]:
-        """(time, frame) after seeking a key frame, or from the start of the file; none if another packet was found."""
+    def _decoded(self, key: int | None, wanted: frozenset[int]) -> Iterator[tuple[int, Any]]:
+        """(time, frame) after seeking a key frame, or from the start of the file; none if another packet was found.
+
+        Frames that are not wanted, and that no other frame refers to, may be missing.
+        """
         number, last = 0, None
         for packet in self._packets_from(key):
+            idle = not self._numbered and packet.size and packet.pts not in wanted
+            self._video.codec_context.skip_frame = "NONREF" if idle else "DEFAULT"
             try:
                 frames = packet.decode()
             except FFmpegError:
@@ -244,9 +253,7 @@ class OpenVideo:
 
     def _picture(self, frame: Any, size: int) -> np.ndarray:
         if frame.is_corrupt:
-            raise BadSample(
-                "a corrupt frame" if frame.pts is None else f"corrupt at {float(frame.pts * self.tick):.2f} s"
-            )
+            raise BadSample("a corrupt frame" + ("" if self._numbered else f" at {float(frame.pts * self.tick):.2f} s"))
         wide = self._video.codec_context.sample_aspect_ratio or 1
         width, height = frame.width * (float(wide) if 1 / 4 <= wide <= 4 else 1), frame.height
         shorter = min(width, height)
@@ -344,6 +351,37 @@ def _format(start: bytes) -> str:
     if start[:1] == start[188:189] == start[376:377] == b"G":
         return "mpegts"
     raise BadSample(f"not a video (starts with {start[:8]!r}); Matroska, WebM, MP4, MOV, AVI and MPEG are read")
+
+
+def _check_tables(file: BinaryIO) -> None:
+    """MP4 and MOV announce samples in tables, or by a bare number, for each of which FFmpeg takes 60 bytes at once.
+
+    Raises BadSample for more than `MAX_PACKETS` samples, or as many boxes.
+    """
+    end = file.seek(0, io.SEEK_END)
+    waiting, samples, boxes = [(0, end)], 0, 0
+    while waiting:
+        at, stop = waiting.pop()
+        while at + 8 <= stop:
+            file.seek(at)
+            header = file.read(20)  # size, type, then of a table: version and flags, (size of a sample,) number
+            size, kind, first = int.from_bytes(header[:4], "big"), header[4:8], 8
+            if size == 1:
+                size, first = int.from_bytes(header[8:16], "big"), 16
+            elif size == 0:
+                size = stop - at
+            boxes += 1
+            if kind in (b"stsz", b"stz2", b"trun"):
+                samples += int.from_bytes(header[12:16] if kind == b"trun" else header[16:20], "big")
+            elif kind == b"cmov":
+                raise BadSample("its header is compressed: write it again")
+            if max(samples, boxes) > MAX_PACKETS:
+                raise BadSample(f"more than {MAX_PACKETS:,} packets")
+            if size < first:
+                break
+            if kind in _BOXES_OF_BOXES:
+                waiting.append((at + first, min(at + size, stop)))
+            at += size
 
 
 def _refuse(url: str, *_: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from ssljax.data.errors import BadSample
 from ssljax.data.pictures import decode
+from ssljax.data.previews import spectrogram, stills, track, video_track
 from ssljax.data.sources.base import Record, Source
 
 _TILE, _GAP, _LINE, _LINES = 128, 10, 15, 3  # pixels, pixels, pixels, at most so many lines of text
@@ -65,7 +67,12 @@ def preview(record: Record) -> np.ndarray | None:
     return next((draw(record[entry]) for entry, draw in _PREVIEWS.items() if entry in record), None)
 
 
-_PREVIEWS: Mapping[str, Callable[[Any], np.ndarray]] = {"image": decode}  # entry of a record -> its picture
+_PREVIEWS: Mapping[str, Callable[[Any], np.ndarray]] = {  # entry of a record -> its picture
+    "image": decode,
+    "video": stills,
+    "audio": spectrogram,
+}
+_FACTS: Mapping[str, Callable[[Any], dict[str, float]]] = {"video": video_track, "audio": track}  # unit -> how much
 
 
 def _all_labels(counted: Counter, classes: tuple[str, ...]) -> list[int]:
@@ -90,6 +97,8 @@ def _describe(records: list[Record], pictures: list[np.ndarray | None]) -> dict[
             if sizes:
                 low, high = (tuple(int(side) for side in f(sizes, axis=0)) for f in (np.min, np.max))
                 text += f", decoded {low[0]}x{low[1]}" + (f" .. {high[0]}x{high[1]}" if low != high else "") + " (HxW)"
+        elif key in _FACTS:
+            text += _ranges(values, _FACTS[key])
         elif all(isinstance(v, int | float) for v in values):
             text += f", {min(values)} .. {max(values)}"
         elif all(isinstance(v, str) for v in values):
@@ -97,6 +106,17 @@ def _describe(records: list[Record], pictures: list[np.ndarray | None]) -> dict[
             text += f", {min(lengths)} .. {max(lengths)} characters"
         described[key] = text + (f", in {len(values)} of {len(records)}" if len(values) < len(records) else "")
     return described
+
+
+def _ranges(values: list[Any], facts_of: Callable[[Any], dict[str, float]]) -> str:
+    """`, 2.2 .. 39.9 s, 360 .. 768 pixels wide`; what cannot be read is passed over."""
+    found: dict[str, list[float]] = {}
+    for value in values:
+        with suppress(BadSample):
+            for unit, number in facts_of(value).items():
+                found.setdefault(unit, []).append(number)
+    texts = ((unit, f"{min(x):.5g}", f"{max(x):.5g}") for unit, x in found.items())
+    return "".join(f", {low} {unit}" if low == high else f", {low} .. {high} {unit}" for unit, low, high in texts)
 
 
 def print_summary(summary: dict[str, Any], console: Console | None = None, most: int = 20) -> None:

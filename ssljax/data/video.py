@@ -75,7 +75,7 @@ class Clips:
                 )
 
     def __call__(self, value: Any, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
-        with _opened(value, self.max_pixels) as film:
+        with opened_video(value, self.max_pixels) as film:
             starts = self._starts(film, rng)
             clips = [self._times(film, start) for start in starts]
             pictures = film.read(np.unique(clips), self.size)
@@ -126,7 +126,7 @@ class Clips:
 
 
 @contextmanager
-def _opened(value: Any, max_pixels: int) -> Iterator[Film]:
+def opened_video(value: Any, max_pixels: int) -> Iterator[Film]:
     if isinstance(value, np.ndarray):
         if value.ndim != 4 or value.dtype != np.uint8 or value.shape[3] != 3 or 0 in value.shape:
             raise BadSample(f"'video' is {shown(value)}; expected uint8 [T, H, W, 3], or an encoded file")

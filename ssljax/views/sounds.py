@@ -124,7 +124,7 @@ class LogMel:
         # All products of all windows are one convolution, over the largest blocks that window and hop consist of.
         block = math.gcd(window, hop)
         blocks = sound[: (count - 1) * hop + window].reshape(1, -1, block)
-        waves = _fourier(window, self.points, self.preemphasis).reshape(window // block, block, -1)
+        waves = jnp.asarray(_fourier(window, self.points, self.preemphasis)).reshape(window // block, block, -1)
         spectrum = jax.lax.conv_general_dilated(
             blocks, waves, (hop // block,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"), precision=_EXACT
         )[0]
