@@ -113,11 +113,11 @@ class OpenVideo:
         unknown = self._format == "avi" and self._video.codec_context.codec.name in ("h264", "hevc")  # or invented
         video, audio = self._video.index, None if self._audio is None else self._audio.index
         for packet in self._container.demux():
-            if packet.stream_index not in (video, audio) or not packet.size:
-                continue
             count += 1
             if count > MAX_PACKETS:
                 raise BadSample(f"more than {MAX_PACKETS:,} packets")
+            if packet.stream_index not in (video, audio) or not packet.size:
+                continue
             time = packet.pts
             if time is not None:
                 stop = float((time + (packet.duration or 0)) * packet.time_base)
