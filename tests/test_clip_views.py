@@ -5,8 +5,34 @@ import numpy as np
 import pytest
 from small import quick_compilation  # noqa: F401
 
+from ssljax.config import Data, build, resolve
 from ssljax.data import Clips, HostTransform, Tar, Waveform, train_batches
-from ssljax.views import LogMel, PerExample, Together, View, Views, simclr, video_mae
+from ssljax.views import LogMel, PerExample, Together, View, Views, crisscross_audio, simclr, video_mae
+
+
+def test_a_config_names_readers_and_views():
+    clips = {"type": "Clips", "frames": 4, "size": 32, "fps": 10, "audio": {"seconds": 0.4}, "silent": "zeros"}
+    parts = (
+        {"type": "Views", "views": video_mae(24), "image": "video"},
+        {"type": "PerExample", "views": crisscross_audio()},
+    )
+    given = {
+        "train": None,
+        "eval_view": None,
+        "readers": {"video": clips},
+        "views": {"type": "Together", "parts": parts},
+    }
+    data = build(Data, given)
+    assert data.readers == {"video": Clips(4, 32, fps=10.0, audio=Waveform(0.4), silent="zeros")}
+    assert build(Data, resolve(data)) == data
+    blank = data.transform(data.views).blank()
+    batch = {name: np.stack([blank[name]] * 2) for name in ("video", "audio")}
+    shapes = jax.eval_shape(data.views, jax.random.key(0), batch)
+    assert {name: x.shape for name, x in shapes.items()} == {
+        "video": (2, 4, 24, 24, 3),
+        "audio1": (2, 41, 80),
+        "audio2": (2, 41, 80),
+    }
 
 
 def test_real_videos_to_views(real_data):

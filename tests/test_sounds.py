@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ssljax.config import build
 from ssljax.views import LogMel, PerExample, audio_mae, crisscross_audio, spec_augment
 
 RATE = 16_000
@@ -62,7 +63,7 @@ def reference(view: LogMel, sound: np.ndarray) -> np.ndarray:
     ],
 )
 def test_equals_the_plain_version(options):
-    view = LogMel(**options)
+    view = build(LogMel, options)
     found = jax.jit(lambda x: view(None, x))(NOISE)
     expected = reference(view, NOISE)
     assert found.dtype == jnp.float32
@@ -72,7 +73,7 @@ def test_equals_the_plain_version(options):
 
 def test_sizes_are_those_of_the_formula():
     assert LogMel()(None, np.zeros(RATE, np.float32)).shape == (101, 80)
-    assert LogMel(**audio_mae()["audio"])(None, np.zeros(10 * RATE, np.float32)).shape == (998, 128)
+    assert build(LogMel, audio_mae()["audio"])(None, np.zeros(10 * RATE, np.float32)).shape == (998, 128)
 
 
 @pytest.mark.parametrize("hertz", [440.0, 1000.0, 3520.0])
@@ -151,7 +152,7 @@ def test_gain_and_crop_are_drawn_only_with_a_key():
 
 def test_in_a_batch():
     sounds = np.stack([NOISE, NOISE, np.zeros_like(NOISE)])
-    views = PerExample({"x": LogMel(**spec_augment()["audio"])})
+    views = PerExample({"x": build(LogMel, spec_augment()["audio"])})
     seen = jax.jit(views)(jax.random.key(0), {"audio": sounds})["x"]
     assert seen.shape == (3, 51, 80)
     assert (seen[0] != seen[1]).any()

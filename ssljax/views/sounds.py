@@ -1,9 +1,9 @@
 """What a method sees of a sound: `LogMel`, with SpecAugment, and published recipes.
 
-A recipe is a function that returns a plain dict, view name -> fields of `LogMel`:
+A recipe is a function that returns a plain dict, view name -> `type` and fields of `LogMel`:
 
     config.data.views = {"type": "PerExample", "views": audio_mae()}
-    views = PerExample({name: LogMel(**fields) for name, fields in crisscross_audio().items()})
+    views = ssljax.config.build(PerExample, {"views": crisscross_audio()})
     batch = jax.jit(views)(key, {"audio": waveforms, "label": labels})
 """
 
@@ -204,6 +204,7 @@ def audio_mae() -> dict[str, dict[str, Any]]:
     """
     return {
         "audio": {
+            "type": "LogMel",
             "window": 0.025,
             "hop": 0.01,
             "mels": 128,
@@ -225,6 +226,7 @@ def crisscross_audio() -> dict[str, dict[str, Any]]:
     most 20 frames. The paper also resizes a random crop of the spectrogram, which is left out.
     """
     view = {
+        "type": "LogMel",
         "window": 0.064,
         "hop": 0.01,
         "mels": 80,
@@ -247,6 +249,7 @@ def spec_augment(frames: int | None = None) -> dict[str, dict[str, Any]]:
     """
     return {
         "audio": {
+            "type": "LogMel",
             "mels": 80,
             "frames": frames,
             "time_masks": 2,
