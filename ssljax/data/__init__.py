@@ -1,5 +1,6 @@
 """From files to batches: sources, the training stream, host transforms, tokenisers."""
 
+from ssljax.data.audio import Waveform
 from ssljax.data.bands import Bands
 from ssljax.data.embedded import Digits
 from ssljax.data.errors import BadSample
@@ -29,6 +30,7 @@ from ssljax.data.spec import parse_source
 from ssljax.data.stream import Batches, Loader, check_bad_fraction, eval_batches, train_batches, typical_sample
 from ssljax.data.tar import Tar
 from ssljax.data.tokenize import ByteTokenizer, ClipBPE, SentencePiece, Tokenizer, TokenizerFile
+from ssljax.data.video import Clips
 from ssljax.data.volumes import Volume
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "ByteTokenizer",
     "Captions",
     "ClipBPE",
+    "Clips",
     "Concat",
     "Digits",
     "Folder",
@@ -64,6 +67,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerFile",
     "Volume",
+    "Waveform",
     "check_bad_fraction",
     "decode",
     "eval_batches",

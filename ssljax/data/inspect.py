@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
-from ssljax.data import previews
+from ssljax.data import media_previews, previews
 from ssljax.data.errors import BadSample
 from ssljax.data.sources.base import Record, Source
 
@@ -67,9 +68,16 @@ def preview(record: Record) -> np.ndarray | None:
 
 _PREVIEWS: Mapping[str, Callable[[Any], np.ndarray]] = {  # entry of a record -> its picture
     "image": previews.image,
+    "video": media_previews.stills,
+    "audio": media_previews.spectrogram,
     "volume": previews.volume,
     "points": previews.points,
     "graph": previews.graph,
+}
+# Unit -> how much.
+_FACTS: Mapping[str, Callable[[Any], dict[str, float]]] = {
+    "video": media_previews.video_track,
+    "audio": media_previews.track,
 }
 
 
@@ -95,6 +103,8 @@ def _describe(records: list[Record], pictures: list[np.ndarray | None]) -> dict[
             if sizes:
                 low, high = (tuple(int(side) for side in f(sizes, axis=0)) for f in (np.min, np.max))
                 text += f", decoded {low[0]}x{low[1]}" + (f" .. {high[0]}x{high[1]}" if low != high else "") + " (HxW)"
+        elif key in _FACTS:
+            text += _ranges(values, _FACTS[key])
         elif all(isinstance(v, int | float) for v in values):
             text += f", {min(values)} .. {max(values)}"
         elif all(isinstance(v, str) for v in values):
@@ -102,6 +112,17 @@ def _describe(records: list[Record], pictures: list[np.ndarray | None]) -> dict[
             text += f", {min(lengths)} .. {max(lengths)} characters"
         described[key] = text + (f", in {len(values)} of {len(records)}" if len(values) < len(records) else "")
     return described
+
+
+def _ranges(values: list[Any], facts_of: Callable[[Any], dict[str, float]]) -> str:
+    """`, 2.2 .. 39.9 s, 360 .. 768 pixels wide`; what cannot be read is passed over."""
+    found: dict[str, list[float]] = {}
+    for value in values:
+        with suppress(BadSample):
+            for unit, number in facts_of(value).items():
+                found.setdefault(unit, []).append(number)
+    texts = ((unit, f"{min(x):.5g}", f"{max(x):.5g}") for unit, x in found.items())
+    return "".join(f", {low} {unit}" if low == high else f", {low} .. {high} {unit}" for unit, low, high in texts)
 
 
 def print_summary(summary: dict[str, Any], console: Console | None = None, most: int = 20) -> None:

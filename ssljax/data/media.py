@@ -1,7 +1,8 @@
 """Which files hold what, and how they are opened: pictures, videos, sounds, volumes, point clouds."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -56,3 +57,17 @@ def read_media(value: Any, what: str, most: int = LARGEST_RECORD) -> bytes:
     if len(content) > most:
         raise BadSample(f"{value} has more than {most:,} bytes")
     return content
+
+
+@contextmanager
+def undecodable_is_bad() -> Iterator[None]:
+    """`with` it, whatever a codec raises becomes BadSample; BadSample, a failing disk and full memory stay."""
+    try:
+        yield
+    except BadSample:
+        raise
+    except Exception as error:
+        from_codec = type(error).__module__.startswith("av.")  # FFmpeg's errors pass for OSError, MemoryError, ...
+        if isinstance(error, OSError | MemoryError) and not from_codec:
+            raise
+        raise BadSample(f"cannot be decoded: {error}") from error

@@ -9,16 +9,18 @@ from ssljax.views.recipes import (
     CLIP_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    View,
-    Views,
     byol,
     clip,
     evaluation,
     mae,
     moco_v2,
     multi_crop,
+    rspnet,
     simclr,
+    video_mae,
 )
+from ssljax.views.sounds import LogMel, audio_mae, crisscross_audio, spec_augment
+from ssljax.views.view import View, Views
 from ssljax.views.volumes import VolumeView, swin_unetr
 
 __all__ = [
@@ -27,14 +29,17 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "GraphView",
+    "LogMel",
     "PerExample",
     "PointView",
     "Together",
     "View",
     "Views",
     "VolumeView",
+    "audio_mae",
     "byol",
     "clip",
+    "crisscross_audio",
     "evaluation",
     "grace",
     "graphcl",
@@ -43,7 +48,10 @@ __all__ = [
     "multi_crop",
     "ops",
     "point_contrast",
+    "rspnet",
     "simclr",
+    "spec_augment",
     "strl",
     "swin_unetr",
+    "video_mae",
 ]

@@ -63,7 +63,7 @@ class Together:
     method that was trained on films.
     """
 
-    parts: tuple[Callable[..., dict[str, Any]], ...]
+    parts: tuple[Any, ...]  # (key, batch) -> batch, like `Views` and `PerExample`
 
     @property
     def host(self) -> str:
