@@ -1,5 +1,6 @@
 """What a method sees of an image, or of the frames of a clip: `View` (one recipe) and `Views` (all of a batch)."""
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange, repeat
 from jaxtyping import Array, Float, Key, UInt8
 
@@ -31,6 +33,9 @@ _PIXELS = {
     "solarize": 1,
 }
 _NUMBERS = sum(_PIXELS.values())
+_AT = dict(zip(_PIXELS, itertools.accumulate(_PIXELS.values(), initial=0), strict=False))
+_FACTORS = ("brightness", "contrast", "saturation")
+_CHANCES = ("flip", "jitter", "grayscale", "blur", "solarize")
 
 
 class PixelChanges(NamedTuple):
@@ -78,10 +83,10 @@ class View:
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def __post_init__(self):
-        for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
+        for name in _CHANCES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"View.{name} is a probability; {getattr(self, name)} is not between 0 and 1")
-        for name in ("brightness", "contrast", "saturation"):
+        for name in _FACTORS:
             if getattr(self, name) < 0:
                 raise ValueError(f"View.{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.hue <= 0.5:
@@ -126,28 +131,12 @@ class View:
 
     def changes(self, uniforms: Any) -> PixelChanges:
         """From uniform numbers [r, 14] in [0, 1), of numpy or jax."""
-        ends = itertools.accumulate(_PIXELS.values())
-        draws = {name: uniforms[:, end - _PIXELS[name] : end] for name, end in zip(_PIXELS, ends, strict=True)}
-
-        def chosen(name):
-            return draws[name][:, 0] < getattr(self, name)
-
-        def uniform(name, low, high):
-            return low + draws[name][:, 0] * (high - low)
-
-        return PixelChanges(
-            flip=chosen("flip"),
-            jitter=chosen("jitter"),
-            order=draws["order"].argsort(axis=1),  # a random permutation
-            brightness=uniform("brightness", max(0.0, 1 - self.brightness), 1 + self.brightness),
-            contrast=uniform("contrast", max(0.0, 1 - self.contrast), 1 + self.contrast),
-            saturation=uniform("saturation", max(0.0, 1 - self.saturation), 1 + self.saturation),
-            hue=uniform("hue", -self.hue, self.hue),
-            grayscale=chosen("grayscale"),
-            blur=chosen("blur"),
-            sigma=uniform("sigma", *self.blur_sigma),
-            solarize=chosen("solarize"),
-        )
+        low, span, chances = _ranges(self)
+        values, chosen = low + uniforms * span, uniforms < chances
+        first = _AT["order"]
+        order = uniforms[:, first : first + 4].argsort(axis=1)  # a random permutation
+        found = {name: (chosen if name in _CHANCES else values)[:, at] for name, at in _AT.items()}
+        return PixelChanges(**{**found, "order": order})
 
     @property
     def numbers(self) -> int:
@@ -190,6 +179,22 @@ class View:
         if len(self.mean) not in (1, x.shape[-1]):
             raise ValueError(f"View.mean and View.std have {len(self.mean)} channels, the images {x.shape[-1]}")
         return ops.normalize(x, self.mean, self.std)
+
+
+@functools.lru_cache(64)
+def _ranges(view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each number: the least value, the range of values, and the probability, float32 [14]."""
+    ends = {
+        **{name: (max(0.0, 1 - getattr(view, name)), 1 + getattr(view, name)) for name in _FACTORS},
+        "hue": (-view.hue, view.hue),
+        "sigma": view.blur_sigma,
+    }
+    low, span, chances = np.zeros((3, _NUMBERS), np.float32)
+    for name, (least, most) in ends.items():
+        low[_AT[name]], span[_AT[name]] = least, most - least
+    for name in _CHANCES:
+        chances[_AT[name]] = getattr(view, name)
+    return low, span, chances
 
 
 @dataclass(frozen=True)
