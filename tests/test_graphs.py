@@ -101,7 +101,9 @@ def test_real_graphs_become_views(real_data, tmp_path):
     assert seen["x1"]["nodes"].shape == (16, 28, 7)
     assert not inspect(source, str(tmp_path / "sheet.png"), 6)["unreadable"]
     large = Graphs(str(real_data / "graphs" / "cora.npz"))
-    assert not inspect(large, str(tmp_path / "sheet.png"))["unreadable"]
+    found = inspect(large, str(tmp_path / "sheet.png"))
+    assert not found["unreadable"]
+    assert found["keys"]["graph"].startswith("dict, 2708 nodes, 5278 edges, 1433 features")
     part = Graph(200, 1000, 1433, too_large="sample", node_labels=True)(large[0]["graph"], np.random.default_rng(0))
     assert part["node_mask"].all()
     assert part["edge_mask"].sum() > 400  # neighbours, not strangers

@@ -197,7 +197,9 @@ def test_real_shapes_become_views(real_data, tmp_path):
         seen = jax.jit(build(PerExample, {"views": recipe}))(jax.random.key(0), {"points": batch["points"]})
         assert seen["x1"].shape == seen["x2"].shape == (8, 128, 3)
         assert np.isfinite(seen["x1"]).all()
-    assert not inspect(source, str(tmp_path / "sheet.png"))["unreadable"]
+    found = inspect(source, str(tmp_path / "sheet.png"))
+    assert not found["unreadable"]
+    assert found["keys"]["points"].endswith(" points")
 
 
 CLOUD = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)

@@ -198,6 +198,7 @@ def test_real_volumes_become_views(real_volumes, tmp_path):
     assert float(abs(seen["x1"] - seen["x2"]).mean()) > 0.01
     found = inspect(source, str(tmp_path / "sheet.png"))
     assert not found["unreadable"]
+    assert "52 .. 128 voxels deep" in found["keys"]["volume"]
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size[0] > 500
 

@@ -78,6 +78,9 @@ _PREVIEWS: Mapping[str, Callable[[Any], np.ndarray]] = {  # entry of a record ->
 _FACTS: Mapping[str, Callable[[Any], dict[str, float]]] = {
     "video": media_previews.video_track,
     "audio": media_previews.track,
+    "volume": previews.volume_facts,
+    "points": previews.points_facts,
+    "graph": previews.graph_facts,
 }
 
 
@@ -94,9 +97,7 @@ def _describe(records: list[Record], pictures: list[np.ndarray | None]) -> dict[
     described = {}
     for key in dict.fromkeys(key for record in records for key in record):
         values = [record[key] for record in records if key in record]
-        kinds = sorted(
-            {f"{v.dtype} {list(v.shape)}" if isinstance(v, np.ndarray) else type(v).__name__ for v in values}
-        )
+        kinds = sorted({_kind(value) for value in values})
         text = ", ".join(kinds[:3]) + (f", ... ({len(kinds)} kinds)" if len(kinds) > 3 else "")
         if key == "image" and bytes in map(type, values):
             sizes = [p.shape[:2] for p in pictures if p is not None]
@@ -112,6 +113,12 @@ def _describe(records: list[Record], pictures: list[np.ndarray | None]) -> dict[
             text += f", {min(lengths)} .. {max(lengths)} characters"
         described[key] = text + (f", in {len(values)} of {len(records)}" if len(values) < len(records) else "")
     return described
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    return "Path" if isinstance(value, Path) else type(value).__name__
 
 
 def _ranges(values: list[Any], facts_of: Callable[[Any], dict[str, float]]) -> str:

@@ -69,6 +69,15 @@ def volume(value: Any) -> np.ndarray:
     return np.repeat(_bytes(sheet)[..., None], 3, -1)
 
 
+def volume_facts(value: Any) -> dict[str, float]:
+    """Unit -> how much of it."""
+    with open_volume(value, channels=None) as scan:
+        facts: dict[str, float] = dict(zip(("voxels deep", "high", "wide"), map(float, scan.shape), strict=True))
+        if scan.spacing is not None:
+            facts["mm a voxel"] = float(np.mean(scan.spacing))
+        return facts
+
+
 def points(value: Any) -> np.ndarray:
     """Seen from the front and, turned by 60 degrees, from above; the third axis is up, near points are dark."""
     cloud = Points(_POINTS, unit_sphere=True)(value, None)["points"]
@@ -84,6 +93,11 @@ def points(value: Any) -> np.ndarray:
             rows, columns = np.clip(y + down, 0, 2 * half - 1), np.clip(x + right, 0, 2 * half - 1)
             sheet[rows, pane * 2 * half + columns] = colour
     return sheet
+
+
+def points_facts(value: Any) -> dict[str, float]:
+    """Unit -> how much of it."""
+    return {"points": len(Points(1).prepare(value).array)}
 
 
 def _turned(cloud: np.ndarray, turn: float, tilt: float) -> np.ndarray:
@@ -121,6 +135,12 @@ def graph(value: Any) -> np.ndarray:
     for (x, y), kind in zip(place, kinds.tolist(), strict=True):
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), _COLOURS[kind % len(_COLOURS)])
     return np.asarray(sheet)
+
+
+def graph_facts(value: Any) -> dict[str, float]:
+    """Unit -> how much of it."""
+    nodes, edges = graph_arrays(value)
+    return {"nodes": len(nodes), "edges": edges.shape[1], "features": nodes.shape[1]}
 
 
 def _spread(edges: np.ndarray, count: int) -> np.ndarray:
