@@ -37,7 +37,7 @@ from ssljax.run import Run
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = Path(__file__).parent / "config.py"
 MOMENTS = ("start", "step", "save")
-CLOCK = ("time", "per_second", "data_wait", "goodput")  # metrics that depend on the clock
+CLOCK = ("time", "per_second", "data_wait", "goodput", "host_memory")  # metrics of the machine, not of the run
 PATIENCE = 300.0  # seconds that a process may take for anything
 
 
