@@ -376,7 +376,7 @@ def test_any_error_of_a_worker_process_surfaces():
 
 def test_a_killed_worker_process_surfaces():
     _, error = until_it_fails("killed", Loader(threads=1, workers=1))
-    assert "terminated unexpectedly with exit code -9" in str(error)
+    assert "ended with exit code -9" in str(error)
 
 
 def test_an_oserror_of_the_decoder_is_a_bad_record():

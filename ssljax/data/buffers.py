@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -32,21 +32,21 @@ class Buffers:
             return np.stack(rows)
         with self._lock:
             arrays = self._arrays.setdefault((len(rows), first.shape, first.dtype), [])
-            out = _unused(arrays)
-            if out is None:
-                out = np.empty((len(rows), *first.shape), first.dtype)
-                arrays.append(out)
+            if (place := next(unused(arrays), None)) is None:
+                place = len(arrays)
+                arrays.append(np.empty((len(rows), *first.shape), first.dtype))
+            out = arrays[place]
         return np.stack(rows, out=out)
+
+
+def unused(arrays: list[np.ndarray]) -> Iterator[int]:
+    """Places in a list of arrays that nothing but the list holds. A view of an array holds it, and so does a jax array
+    that shares its memory."""
+    return (place for place, count in enumerate(_references(arrays)) if count == _ALONE)
 
 
 def _references(arrays: list[np.ndarray]) -> list[int]:
     return [sys.getrefcount(array) for array in arrays]
 
 
-# What `_references` counts, itself included, where nothing but the list holds an array. Views of an array hold it, and
-# so does a jax array that shares its memory.
-_ALONE = _references([np.empty(1)])[0]
-
-
-def _unused(arrays: list[np.ndarray]) -> np.ndarray | None:
-    return next((arrays[i] for i, count in enumerate(_references(arrays)) if count == _ALONE), None)
+_ALONE = _references([np.empty(1)])[0]  # what it counts, itself included, for an array in a list

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 import grain
 import numpy as np
-from absl import flags
 
 from ssljax.data.buffers import Buffers
 from ssljax.data.errors import BadSample, BadSamples, UnreadableIsBad
 from ssljax.data.order import Order, Sampling
+from ssljax.data.workers import Stack, Workers
 
 Batch = dict[str, np.ndarray]
 Kinds = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # shape and type of each array of a sample
@@ -52,7 +52,7 @@ class Loader:
     """How batches are read. The batches themselves do not depend on it."""
 
     threads: int = 4  # each makes whole batches; 0: in the caller's thread, nothing ahead of time
-    workers: int = 0  # processes, each with `threads` threads; worth it when Python, not decoding, is the bottleneck
+    workers: int = 0  # processes, instead of threads: where Python's lock is the bottleneck, or views are Python's work
     prefetch: int = 8  # batches under way or waiting, per process; at least `threads` of them to keep every thread busy
     cache: bool = False  # keep every record, decoded, in memory (once per process); what is random is still drawn anew
     max_bad_fraction: float = 0.05  # of all samples so far (at least 1,000); beyond it the run stops
@@ -67,8 +67,9 @@ class Loader:
     def held(self) -> int:
         """How many batches are in memory at most: those ready, those that threads put together (twice: as samples, and
         as a batch), and the one that was handed out."""
-        ahead = self.prefetch + self.threads if self.threads else 0
-        return (ahead + 1) * max(1, self.workers) + 1
+        if self.workers:
+            return self.workers * (self.prefetch + 2) + 1  # each of them has samples besides
+        return self.prefetch + self.threads + 2 if self.threads else 2
 
 
 class Batches(Iterator[Batch]):
@@ -78,14 +79,13 @@ class Batches(Iterator[Batch]):
     """
 
     def __init__(self, steps: "_TrainSteps | _EvalSteps", loader: Loader):
-        threads = loader.threads
-        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=loader.prefetch if threads else 0)
-        data = grain.MapDataset.source(steps).to_iter_dataset(reading)
+        self._batches: grain.DatasetIterator[Batch] | Workers | None
         if loader.workers:
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, and only absl's own app.run parses them
-            data = data.mp_prefetch(grain.MultiprocessingOptions(num_workers=loader.workers))
-        self._batches: grain.DatasetIterator[Batch] | None = iter(data)
+            self._batches = Workers(steps, loader.workers, loader.prefetch)
+        else:
+            ahead = loader.prefetch if loader.threads else 0
+            reading = grain.ReadOptions(num_threads=loader.threads, prefetch_buffer_size=ahead)
+            self._batches = iter(grain.MapDataset.source(steps).to_iter_dataset(reading))
 
     def __next__(self) -> Batch:
         if self._batches is None:
@@ -98,7 +98,7 @@ class Batches(Iterator[Batch]):
 
     def start(self) -> None:
         """Starts to read ahead, which otherwise the first `next` does."""
-        if self._batches is not None:
+        if isinstance(self._batches, grain.DatasetIterator):
             self._batches.start_prefetch()
 
     def close(self) -> None:
@@ -262,14 +262,13 @@ class _TrainSteps:
         return self.steps
 
     def __getitem__(self, index: int) -> Batch:
-        samples, picks, replaced = self.read(index)
+        return self.batch(index, self.reader.buffers.stack)
+
+    def batch(self, step: int, stack: Stack) -> Batch:
+        samples, picks, replaced = self.read(step)
         if self.reader.kinds is None:
             _check_alike(samples, picks)
-        return {
-            **self.reader.buffers.stack(samples),
-            "index": np.array(picks, np.int32),
-            "replaced": np.array(replaced, np.int32),
-        }
+        return {**stack(samples), "index": np.array(picks, np.int32), "replaced": np.array(replaced, np.int32)}
 
     def read(self, step: int) -> tuple[list[Batch], list[int], list[int]]:
         """Of each row: its sample, the index of its record, and the number of bad records met before it."""
@@ -303,15 +302,18 @@ class _EvalSteps:
         return -(-len(self.reader.source) // self.batch_size)
 
     def __getitem__(self, index: int) -> Batch:
+        return self.batch(index, self.reader.buffers.stack)
+
+    def batch(self, step: int, stack: Stack) -> Batch:
         n = len(self.reader.source)
-        positions = index * self.batch_size + self.rows
+        positions = step * self.batch_size + self.rows
         picks = np.minimum(positions, n - 1).astype(np.int32)
         mask = positions < n
         # Each record once; the padding repeats the last.
         samples = [self._read(row, picks, mask) for row in range(len(np.unique(picks)))]
         samples += [samples[-1]] * (len(picks) - len(samples))
         _check_alike(samples, picks)
-        return {**self.reader.buffers.stack(samples), "index": picks, "mask": mask}
+        return {**stack(samples), "index": picks, "mask": mask}
 
     def _read(self, row: int, picks: np.ndarray, mask: np.ndarray) -> Batch:
         """The sample of this row, or the next good one, and then the row is masked."""
