@@ -1,9 +1,11 @@
-"""Does a second thread double the loader? Images per second of one and of several threads, in turn, and the memory.
+"""Does a second core double the loader? Images per second of one thread, of several threads and of as many processes,
+in turn, and the memory.
 
     python -m bench.loader --tar $SSLJAX_DATA/caltech101/train.tar
 
 Beside it the same question for OpenCV alone, which needs nothing of Python: what this machine can give at the time.
-Memory is what the process grows by while the loader is full and nobody takes a batch, beside what `Loader.held` says.
+Memory is what the process of the threads grows by while the loader is full and nobody takes a batch, beside what
+`Loader.held` says.
 """
 
 import argparse
@@ -22,13 +24,13 @@ from ssljax.data import HostTransform, Loader, Source, Tar, train_batches, typic
 from ssljax.data.stream import Transform
 from ssljax.views import View, multi_crop, simclr
 
-BATCH = 32
+BATCH, WARM_UP = 32, 12
 
 
-def loader_rate(source: Source, transform: Transform, like: dict, threads: int, seconds: float) -> float:
+def loader_rate(source: Source, transform: Transform, like: dict, loader: Loader, seconds: float) -> float:
     """Images/s."""
-    batches = train_batches(source, transform, batch_size=BATCH, seed=0, like=like, loader=Loader(threads=threads))
-    for _ in range(2 * threads):
+    batches = train_batches(source, transform, batch_size=BATCH, seed=0, like=like, loader=loader)
+    for _ in range(WARM_UP):
         next(batches)
     began, count = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - began) < seconds:
@@ -81,32 +83,33 @@ def transforms() -> Iterator[tuple[str, HostTransform]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tar", required=True, help="shards with JPEGs")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    source, n = Tar(options.tar), options.threads
-    table = Table(
-        "", "images/s, 1 thread", f"{n} threads", "efficiency", "least", "most", "OpenCV's", "MiB", "of at most"
-    )
+    source, n = Tar(options.tar), options.cores
+    loaders = {
+        "1 thread": Loader(threads=1),
+        f"{n} threads": Loader(threads=n),
+        f"{n} processes": Loader(workers=n, prefetch=4),
+    }
+    table = Table("", *loaders, *(f"efficiency, {name}" for name in [*loaders][1:]), "OpenCV's", "MiB", "of at most")
     for name, transform in transforms():
         like = typical_sample(source, transform)
-        held, most = memory(source, transform, like, Loader(threads=n))
-        ones, manys, ours, opencvs = [], [], [], []
+        held, most = memory(source, transform, like, loaders[f"{n} threads"])
+        rates, opencvs = [], []
         for _ in range(options.rounds):
-            ones.append(loader_rate(source, transform, like, 1, options.seconds))
-            manys.append(loader_rate(source, transform, like, n, options.seconds))
-            ours.append(manys[-1] / ones[-1] / n)
+            rates.append([loader_rate(source, transform, like, loader, options.seconds) for loader in loaders.values()])
             one, many = (opencv_rate(threads, options.seconds / 3) for threads in (1, n))
             opencvs.append(many / one / n)
-        rates = (f"{statistics.median(rates):,.0f}" for rates in (ones, manys))
-        shares = (
-            f"{share:.2f}" for share in (statistics.median(ours), min(ours), max(ours), statistics.median(opencvs))
-        )
-        table.add_row(name, *rates, *shares, f"{held:,.0f}", f"{most:,.0f}")
+        one, *others = zip(*rates, strict=True)
+        shares = [[b / a / n for a, b in zip(one, many, strict=True)] for many in others]
+        spreads = (f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})" for each in shares)
+        medians = (f"{statistics.median(each):,.0f}" for each in (one, *others))
+        table.add_row(name, *medians, *spreads, f"{statistics.median(opencvs):.2f}", f"{held:,.0f}", f"{most:,.0f}")
     for column in table.columns[1:]:
         column.justify = "right"
-    Console(width=140).print(table)
+    Console(width=160).print(table)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ from ssljax.data.buffers import Buffers
 SHAPE = (256, 512)  # float32: 512 KiB
 
 
-def samples(value, count=4):
-    return [{"x": np.full(SHAPE, value + i, np.float32), "label": np.int32(i)[()]} for i in range(count)]
+def filled(buffers, value, count=4):
+    batch = buffers.arrays({"x": ((count, *SHAPE), np.dtype(np.float32)), "label": ((count,), np.dtype(np.int32))})
+    batch["x"][...] = value + np.arange(count)[:, None, None]
+    return batch
 
 
 def address(batch):
@@ -22,13 +24,13 @@ def address(batch):
 
 def test_an_array_comes_again_when_it_was_let_go():
     buffers = Buffers()
-    first = buffers.stack(samples(0))
+    first = filled(buffers, 0)
     place = address(first)
-    second = buffers.stack(samples(10))
+    second = filled(buffers, 10)
     assert address(second) != place
     np.testing.assert_array_equal(first["x"][:, 0, 0], np.arange(4))
     del first
-    assert address(buffers.stack(samples(20))) == place
+    assert address(filled(buffers, 20)) == place
     np.testing.assert_array_equal(second["x"][:, 0, 0], np.arange(10, 14))
 
 
@@ -47,13 +49,13 @@ def test_an_array_comes_again_when_it_was_let_go():
 )
 def test_whoever_holds_a_part_keeps_the_whole(hold):
     buffers = Buffers()
-    batch = buffers.stack(samples(0))
+    batch = filled(buffers, 0)
     held, before = hold(batch["x"]), None
     if not hasattr(held, "__next__"):
         before = np.array(held)
     place = address(batch)
     del batch
-    others = [buffers.stack(samples(100 * i)) for i in range(1, 4)]
+    others = [filled(buffers, 100 * i) for i in range(1, 4)]
     where = place
     if isinstance(held, jax.Array):
         where = held.unsafe_buffer_pointer()
@@ -71,7 +73,7 @@ def test_threads_never_share_one():
 
     def work(number):
         for i in range(60):
-            batch = buffers.stack(samples(1_000 * number + i))
+            batch = filled(buffers, 1_000 * number + i)
             if not (batch["x"][:, ::64, ::64] == (1_000 * number + i + np.arange(4))[:, None, None]).all():
                 wrong.append((number, i))
 
@@ -86,7 +88,7 @@ def test_threads_never_share_one():
 
 def test_small_arrays_and_other_shapes():
     buffers = Buffers()
-    batch = buffers.stack([{"x": np.arange(3), "y": np.zeros(SHAPE)} for _ in range(2)])
+    batch = buffers.arrays({"x": ((2, 3), np.dtype(int)), "y": ((2, *SHAPE), np.dtype(float))})
     assert batch["x"].shape == (2, 3)
     assert batch["y"].shape == (2, *SHAPE)
-    assert pickle.loads(pickle.dumps(buffers)).stack(samples(0))["x"].shape == (4, *SHAPE)
+    assert filled(pickle.loads(pickle.dumps(buffers)), 0)["x"].shape == (4, *SHAPE)

@@ -481,7 +481,7 @@ def test_samples_with_other_keys():
     def sometimes(record, rng):
         return {"value": np.zeros(1), **({"more": np.zeros(1)} if record["value"] == 2 else {})}
 
-    with pytest.raises(ValueError, match=r"record 0 gives \['value'\], but record 2 gives \['more', 'value'\]"):
+    with pytest.raises(ValueError, match="only one of the records 0 and 2 gives 'more'"):
         next(eval_batches(Numbers(4), sometimes, batch_size=4, loader=INLINE))
 
 

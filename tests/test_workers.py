@@ -28,12 +28,15 @@ class Numbered:
     def __len__(self):
         return self.steps
 
-    def batch(self, step, stack):
+    def batch(self, step, memory):
         time.sleep(self.sleep)
-        samples = [
-            {"x": np.full(WIDTH + step * self.growth, step, np.int32), "label": np.int32(row)} for row in range(ROWS)
-        ]
-        return {**stack(samples), "index": np.arange(ROWS) + ROWS * step, "process": np.array(os.getpid())}
+        rows = np.arange(ROWS)
+        whole = {"label": rows, "index": rows + ROWS * step, "process": np.array(os.getpid())}
+        width, int32 = WIDTH + step * self.growth, np.dtype(np.int32)
+        batch = memory({"x": ((ROWS, width), int32)} | {name: (x.shape, x.dtype) for name, x in whole.items()})
+        for name, x in {"x": step, **whole}.items():
+            batch[name][...] = x
+        return batch
 
 
 def check(batch, step, width=WIDTH):

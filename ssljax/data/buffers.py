@@ -1,42 +1,45 @@
 """Memory for batches that is used again: fresh pages can cost as much time as decoding what goes into them."""
 
+import math
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
+
+Batch = dict[str, np.ndarray]
+Kinds = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # shape and type of each array
+Memory = Callable[[Kinds], Batch]  # arrays to be filled
 
 _SMALL = 2**20  # bytes; less than that malloc keeps by itself
 
 
 class Buffers:
-    """Stacks samples into arrays that nobody holds any more, neither they nor views of them. Safe for threads.
+    """Arrays that nobody holds any more, neither they nor views of them. Safe for threads.
 
     As many arrays are kept as were ever in use at the same time. A copy in another process starts without any.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._arrays: dict[tuple[object, ...], list[np.ndarray]] = {}
+        self._arrays: dict[tuple[tuple[int, ...], np.dtype], list[np.ndarray]] = {}
 
     def __reduce__(self):
         return Buffers, ()
 
-    def stack(self, samples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Arrays of the same shapes and types, by name, each as one array with a new first axis."""
-        return {name: self._stack([sample[name] for sample in samples]) for name in samples[0]}
+    def arrays(self, kinds: Kinds) -> Batch:
+        """Arrays to be filled."""
+        return {name: self._array(*kind) for name, kind in kinds.items()}
 
-    def _stack(self, rows: list[np.ndarray]) -> np.ndarray:
-        first = rows[0]
-        if len(rows) * first.nbytes < _SMALL:
-            return np.stack(rows)
+    def _array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        if math.prod(shape) * dtype.itemsize < _SMALL:
+            return np.empty(shape, dtype)
         with self._lock:
-            arrays = self._arrays.setdefault((len(rows), first.shape, first.dtype), [])
+            arrays = self._arrays.setdefault((shape, dtype), [])
             if (place := next(unused(arrays), None)) is None:
                 place = len(arrays)
-                arrays.append(np.empty((len(rows), *first.shape), first.dtype))
-            out = arrays[place]
-        return np.stack(rows, out=out)
+                arrays.append(np.empty(shape, dtype))
+            return arrays[place]
 
 
 def unused(arrays: list[np.ndarray]) -> Iterator[int]:

@@ -9,20 +9,17 @@ costs.
 import os
 import pickle
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grain
 import numpy as np
 
-from ssljax.data.buffers import Buffers
+from ssljax.data.buffers import Batch, Buffers, Kinds, Memory
 from ssljax.data.errors import BadSample, BadSamples, UnreadableIsBad
 from ssljax.data.order import Order, Sampling
-from ssljax.data.workers import Stack, Workers
-
-Batch = dict[str, np.ndarray]
-Kinds = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # shape and type of each array of a sample
+from ssljax.data.workers import Workers
 
 _ATTEMPTS = 100  # records tried in a row before the source is called unusable
 _GRACE = 1_000  # max_bad_fraction is taken of at least so many samples: one bad record of the first ten is no verdict
@@ -65,11 +62,10 @@ class Loader:
 
     @property
     def held(self) -> int:
-        """How many batches are in memory at most: those ready, those that threads put together (twice: as samples, and
-        as a batch), and the one that was handed out."""
+        """How many batches are in memory at most: those ready or under way, and those that were handed out."""
         if self.workers:
-            return self.workers * (self.prefetch + 2) + 1  # each of them has samples besides
-        return self.prefetch + self.threads + 2 if self.threads else 2
+            return self.workers * (self.prefetch + 1) + 1
+        return max(self.prefetch, self.threads) + 2 if self.threads else 2
 
 
 class Batches(Iterator[Batch]):
@@ -181,7 +177,7 @@ def typical_sample(source: Records, transform: Transform) -> Batch:
     """
     order = Sampling().order(source, 0)
     steps = _TrainSteps(_Reader(source, transform), None, order, 0, 0, _VOTES, np.arange(_VOTES), 1)
-    samples, indices, _ = steps.read(0)
+    samples, indices, _ = zip(*steps.samples(0), strict=True)
     found = [tuple(sorted(_kinds(sample).items())) for sample in samples]
     kind, votes = Counter(found).most_common(1)[0]
     if 3 * votes < 2 * _VOTES:
@@ -262,22 +258,21 @@ class _TrainSteps:
         return self.steps
 
     def __getitem__(self, index: int) -> Batch:
-        return self.batch(index, self.reader.buffers.stack)
+        return self.batch(index, self.reader.buffers.arrays)
 
-    def batch(self, step: int, stack: Stack) -> Batch:
-        samples, picks, replaced = self.read(step)
-        if self.reader.kinds is None:
-            _check_alike(samples, picks)
-        return {**stack(samples), "index": np.array(picks, np.int32), "replaced": np.array(replaced, np.int32)}
+    def batch(self, step: int, memory: Memory) -> Batch:
+        samples = (
+            {**sample, "index": np.array(index, np.int32), "replaced": np.array(replaced, np.int32)}
+            for sample, index, replaced in self.samples(step)
+        )
+        return _stack(samples, len(self.rows), memory)
 
-    def read(self, step: int) -> tuple[list[Batch], list[int], list[int]]:
+    def samples(self, step: int) -> Iterator[tuple[Batch, int, int]]:
         """Of each row: its sample, the index of its record, and the number of bad records met before it."""
         positions = self.start + step * self.batch_size + self.rows
         draws, rng = self.order(positions), _SampleRng(self.seed)
         columns = (column.tolist() for column in (positions, *draws))
-        rows = [self._fill(*row, rng=rng) for row in zip(*columns, strict=True)]
-        samples, picks, replaced = map(list, zip(*rows, strict=True))
-        return samples, picks, replaced
+        return (self._fill(*row, rng=rng) for row in zip(*columns, strict=True))
 
     def _fill(self, position: int, index: int, visit: int, group: int, *, rng: "_SampleRng") -> tuple[Batch, int, int]:
         for attempt in range(_ATTEMPTS):
@@ -302,29 +297,29 @@ class _EvalSteps:
         return -(-len(self.reader.source) // self.batch_size)
 
     def __getitem__(self, index: int) -> Batch:
-        return self.batch(index, self.reader.buffers.stack)
+        return self.batch(index, self.reader.buffers.arrays)
 
-    def batch(self, step: int, stack: Stack) -> Batch:
-        n = len(self.reader.source)
-        positions = step * self.batch_size + self.rows
-        picks = np.minimum(positions, n - 1).astype(np.int32)
-        mask = positions < n
-        # Each record once; the padding repeats the last.
-        samples = [self._read(row, picks, mask) for row in range(len(np.unique(picks)))]
-        samples += [samples[-1]] * (len(picks) - len(samples))
-        _check_alike(samples, picks)
-        return {**stack(samples), "index": picks, "mask": mask}
+    def batch(self, step: int, memory: Memory) -> Batch:
+        return _stack(self._samples(step), len(self.rows), memory)
 
-    def _read(self, row: int, picks: np.ndarray, mask: np.ndarray) -> Batch:
-        """The sample of this row, or the next good one, and then the row is masked."""
+    def _samples(self, step: int) -> Iterator[Batch]:
+        n, last = len(self.reader.source), None
+        for position in (step * self.batch_size + self.rows).tolist():
+            index = min(position, n - 1)
+            if index != last:  # each record is read once; the padding repeats the last
+                (sample, good), last = self._read(index), index
+            yield {**sample, "index": np.array(index, np.int32), "mask": np.array(good and position < n)}
+
+    def _read(self, index: int) -> tuple[Batch, bool]:
+        """The sample of this record, and True; or of the next good one, and False."""
         n = len(self.reader.source)
         for attempt in range(_ATTEMPTS):
-            index = (int(picks[row]) + attempt) % n
+            other = (index + attempt) % n
             try:
-                return self.reader.sample(index, None)
+                return self.reader.sample(other, None), not attempt
             except BadSample as error:
-                self.bad.add(index, error)
-                mask[row], last = False, error
+                self.bad.add(other, error)
+                last = error
         raise _all_bad(last)
 
 
@@ -380,12 +375,26 @@ def _hint(kinds: Kinds, name: str) -> str:
     return " (set data.size to fit every image to it)" if name in kinds and len(kinds[name][0]) >= 3 else ""
 
 
-def _check_alike(samples: Sequence[Batch], indices: Sequence[int] | np.ndarray) -> None:
+def _stack(samples: Iterable[Batch], rows: int, memory: Memory) -> Batch:
+    """Each goes to its place when it comes, while it is still in the caches and few others are in memory."""
+    first, batch = {}, {}
+    for row, sample in enumerate(samples):
+        if not batch:
+            first = sample
+            batch = memory({name: ((rows, *shape), dtype) for name, (shape, dtype) in _kinds(sample).items()})
+        elif _kinds(sample) != _kinds(first):
+            _check_alike([first, sample], [int(first["index"]), int(sample["index"])])  # raises
+        for name, x in sample.items():
+            batch[name][row] = x
+    return batch
+
+
+def _check_alike(samples: Sequence[Batch], indices: Sequence[int]) -> None:
     first = _kinds(samples[0])
     for index, sample in zip(indices, samples, strict=True):
         kinds = _kinds(sample)
-        if kinds.keys() != first.keys():
-            raise ValueError(f"record {indices[0]} gives {sorted(first)}, but record {index} gives {sorted(kinds)}")
+        for name in kinds.keys() ^ first.keys():
+            raise ValueError(f"only one of the records {indices[0]} and {index} gives {name!r}: a batch needs both")
         for name in first:
             if kinds[name] != first[name]:
                 raise ValueError(

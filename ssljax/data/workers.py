@@ -11,7 +11,7 @@ import os
 import pickle
 import signal
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection, reduction
@@ -19,11 +19,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ssljax.data.buffers import unused
+from ssljax.data.buffers import Batch, Kinds, Memory, unused
 
-Batch = dict[str, np.ndarray]
 Layout = tuple[tuple[str, str, tuple[int, ...], int], ...]  # name, type, shape, offset of each array
-Stack = Callable[[Sequence[Mapping[str, np.ndarray]]], Batch]
 
 _ALIGNED = 64  # bytes: jax shares the memory of such arrays on a CPU
 _SPAWN = multiprocessing.get_context("spawn")  # a forked copy of a process with threads may hang
@@ -33,8 +31,8 @@ class Steps(Protocol):
     """Step -> batch. Travels to the workers."""
 
     def __len__(self) -> int: ...
-    def batch(self, step: int, stack: Stack, /) -> Batch:
-        """Makes a batch; `stack` puts its samples together."""
+    def batch(self, step: int, memory: Memory, /) -> Batch:
+        """Makes a batch, all of it in arrays that `memory` gives."""
         ...
 
 
@@ -45,7 +43,6 @@ class _Made:
     slot: int
     size: int | None  # bytes of the slot's memory if it is new; its descriptor follows
     layout: Layout
-    rest: Batch  # arrays that are better sent as they are
 
 
 class Workers(Iterator[Batch]):
@@ -122,7 +119,7 @@ class _Peer:
             self._slots[made.slot] = np.frombuffer(mmap.mmap(descriptor, made.size), np.uint8)
             os.close(descriptor)
         self._there.discard(made.slot)
-        batch = {**_views(self._slots[made.slot], made.layout), **made.rest}
+        batch = _views(self._slots[made.slot], made.layout)
         self.grant()
         return batch
 
@@ -138,10 +135,8 @@ def _work(steps: Steps, mine: range, parent: Any) -> None:
         for step in mine:
             number = parent.recv()
             slot = slots.setdefault(number, _Slot())
-            batch = steps.batch(step, slot.stack)
-            rest = {name: x for name, x in batch.items() if name not in slot.names}
-            del batch  # and with it all views of the memory
-            parent.send(_Made(number, slot.size if slot.descriptor is not None else None, slot.layout, rest))
+            steps.batch(step, slot.arrays)
+            parent.send(_Made(number, slot.size if slot.descriptor is not None else None, slot.layout))
             if slot.descriptor is not None:
                 reduction.send_handle(parent, slot.descriptor, multiprocessing.parent_process().pid)  # type: ignore
                 os.close(slot.descriptor)
@@ -164,28 +159,16 @@ class _Slot:
     def size(self) -> int:
         return len(self._memory or ())
 
-    @property
-    def names(self) -> set[str]:
-        return {name for name, *_ in self.layout}
-
-    def stack(self, samples: Sequence[Mapping[str, np.ndarray]]) -> Batch:
-        self.layout, size = _plan(samples)
+    def arrays(self, kinds: Kinds) -> Batch:
+        """Each where the one before ends."""
+        layout, size = [], 0
+        for name, (shape, dtype) in kinds.items():
+            layout.append((name, dtype.str, shape, size))
+            size += -(-math.prod(shape) * dtype.itemsize // _ALIGNED) * _ALIGNED
+        self.layout = tuple(layout)
         if self._memory is None or self.size < size:
             self.descriptor, self._memory = _shared(size)
-        batch = _views(np.frombuffer(self._memory, np.uint8), self.layout)
-        for name, array in batch.items():
-            np.stack([sample[name] for sample in samples], out=array)
-        return batch
-
-
-def _plan(samples: Sequence[Mapping[str, np.ndarray]]) -> tuple[Layout, int]:
-    """Where each array of a batch lies, and how many bytes they are together."""
-    layout, offset = [], 0
-    for name, x in samples[0].items():
-        x = np.asarray(x)
-        layout.append((name, x.dtype.str, (len(samples), *x.shape), offset))
-        offset += -(-len(samples) * x.nbytes // _ALIGNED) * _ALIGNED
-    return tuple(layout), offset
+        return _views(np.frombuffer(self._memory, np.uint8), self.layout)
 
 
 def _views(memory: np.ndarray, layout: Layout) -> Batch:
