@@ -107,7 +107,7 @@ def paper() -> ConfigDict:
                     "views": evaluation(224, fraction=1.0, mean=CLIP_MEAN, std=CLIP_STD),
                     "host": "crop",
                 },
-                "loader": {"threads": 64, "prefetch": 256},
+                "loader": {"workers": 32},
             },
             "steps": 32 * epoch,
             "batch_size": 32_768,

@@ -26,7 +26,7 @@ def paper() -> ConfigDict:
                 "train": {"type": "TFDS", "name": "imagenet2012", "split": "train"},
                 "views": {"type": "Views", "views": simclr(224), "host": "crop"},
                 "eval_view": {"type": "Views", "views": evaluation(224), "host": "crop"},
-                "loader": {"threads": 64, "prefetch": 512},
+                "loader": {"workers": 32},
             },
             "steps": 100 * steps_per_epoch,
             "batch_size": 4096,
@@ -61,7 +61,7 @@ def images() -> ConfigDict:
             "steps": 100_000,
             "optim": {"warmup": 5_000},
             "checkpoint": {"every": 5_000},
-            "data": {"loader": {"threads": 16, "prefetch": 64}},
+            "data": {"loader": {"workers": 0, "threads": 16}},
         }
     )
     config.data.train = None

@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("source")
     bench.add_argument("--recipe", default="simclr", help="simclr, moco_v2, byol, multi_crop, mae or clip")
     bench.add_argument("--size", type=int, default=224, help="side of the views in pixels")
-    bench.add_argument("--threads", type=int, help="of the loader; one for each core by default")
+    bench.add_argument("--cores", type=int, help="threads, or workers, of the loader; all cores by default")
     bench.add_argument("--seconds", type=float, default=3.0, help="for each stage")
     bench.set_defaults(verb=_bench)
     pack = data_verbs.add_parser("pack", help="write a source as ArrayRecord shards")
@@ -312,7 +312,7 @@ def _bench(options: argparse.Namespace) -> None:
     from ssljax.speed import measure, show
 
     source = parse_source(options.source)
-    speed = measure(source, options.recipe, options.size, threads=options.threads, seconds=options.seconds)
+    speed = measure(source, options.recipe, options.size, cores=options.cores, seconds=options.seconds)
     Console().print(show(speed, options.source))
 
 

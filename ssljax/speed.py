@@ -31,50 +31,49 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class Speed:
-    """Images per second, each stage alone. One thread of one core, except `loader`."""
+    """Images per second, each stage alone. One thread of one core, except `loader` and `device`."""
 
     read: float  # from the source
     decode: float  # in full
     crop: float  # the host's part with Views(host="crop"): decode, cut
     augment: float  # the host's part with Views(host="augment"): decode, cut, flip, colour, blur, ...
-    loader: dict[str, float]  # all of that and reading, in batches, by `threads` threads; by the value of Views.host
-    device: dict[str, float]  # what is left for the device, by the value of Views.host
-    threads: int
+    loader: dict[tuple[str, str], float]  # all of that and reading, in batches; by Views.host and "threads", "workers"
+    device: dict[str, float]  # what is left for the device; by Views.host
+    cores: int  # threads, or workers, of `loader`
     bad: int  # records among them that could not be read
 
     @property
     def limit(self) -> str:
-        """The slower of host and device, in words, for the better of the two ways to share the work."""
-        ways = {host: (self.loader[host], self.device[host]) for host in self.loader}
-        host = max(ways, key=lambda way: min(ways[way]))
-        loader, device = ways[host]
+        """The slower of host and device, in words, for the best of the ways to share the work."""
+        host, hands = max(self.loader, key=lambda way: min(self.loader[way], self.device[way[0]]))
+        way = f"Views(host={host!r}), data.loader.{hands}={self.cores}"
+        loader, device = self.loader[host, hands], self.device[host]
         if device < loader:
-            return f"Views(host={host!r}): this device limits, at {device:,.0f} images/s"
+            return f"{way}: this device limits, at {device:,.0f} images/s"
         seconds = {"reading": 1 / self.read, "decoding": 1 / self.decode}
         seconds["cropping"] = max(0.0, 1 / self.crop - 1 / self.decode)
         if host == "augment":
             seconds["colour and blur"] = max(0.0, 1 / self.augment - 1 / self.crop)
         slowest = max(seconds, key=lambda name: seconds[name])
         share = seconds[slowest] / sum(seconds.values())
-        return f"Views(host={host!r}): the host limits, at {loader:,.0f} images/s; {share:.0%} of its time is {slowest}"
+        return f"{way}: the host limits, at {loader:,.0f} images/s; {share:.0%} of its time is {slowest}"
 
 
 def measure(
-    source: Source, recipe: str = "simclr", size: int = 224, *, threads: int | None = None, seconds: float = 3.0
+    source: Source, recipe: str = "simclr", size: int = 224, *, cores: int | None = None, seconds: float = 3.0
 ) -> Speed:
     """Times the stages of an image recipe on a source, about `seconds` each.
 
     Args:
       size: side of the (global) views in pixels.
-      threads: of the loader; by default one for each core.
+      cores: threads, or workers, of the loader; by default as many as this machine has.
 
     Raises:
       ValueError: an unknown recipe; a source without pictures, or without good ones.
     """
     if recipe not in RECIPES:
         raise ValueError(f"there is no recipe {recipe!r}{nearest(recipe, RECIPES)}; there are {', '.join(RECIPES)}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = threads or cores
+    cores = cores or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     views = {name: View(**fields) for name, fields in RECIPES[recipe](size).items()}
     plans = {host: Views(views, host=host) for host in ("crop", "augment")}
     transforms = {host: HostTransform(crops=views, augment=host == "augment") for host in plans}
@@ -90,14 +89,14 @@ def measure(
     loader, device = {}, {}
     for host, transform in transforms.items():
         like = typical_sample(source, transform)
-        options: dict[str, Any] = {"batch_size": _BATCH, "seed": 0, "like": like, "loader": Loader(threads=threads)}
-        batches = train_batches(source, transform, **options)
-        loader[host] = _BATCH * _rate_of(batches, seconds)
-        batch = {name: jax.device_put(x) for name, x in next(batches).items() if name in like}
-        batches.close()
+        for hands, options in (("threads", Loader(threads=cores)), ("workers", Loader(workers=cores))):
+            batches = train_batches(source, transform, batch_size=_BATCH, seed=0, like=like, loader=options)
+            loader[host, hands] = _BATCH * _rate_of(batches, seconds, first=2 * options.held)
+            batches.close()
+        batch = {name: jax.device_put(np.stack([x] * _BATCH)) for name, x in like.items()}
         step = jax.jit(plans[host])
         device[host] = _BATCH * _rate_of((jax.block_until_ready(step(None, batch)) for _ in iter(int, 1)), seconds)
-    return Speed(**rate, loader=loader, device=device, threads=threads, bad=bad)
+    return Speed(**rate, loader=loader, device=device, cores=cores, bad=bad)
 
 
 def show(speed: Speed, name: str) -> Group:
@@ -107,11 +106,14 @@ def show(speed: Speed, name: str) -> Group:
     for stage, rate in {**rows, "decode, crop, colour, blur": speed.augment}.items():
         host.add_row(stage, f"{rate:,.0f}", f"{1e3 / rate:.2f}")
     kind = jax.devices()[0].device_kind
-    ways = Table("Views(host=...)", f"host, {speed.threads} threads", f"device ({kind})", "of one thread x threads")
+    names = {"threads": f"{speed.cores} threads", "workers": f"{speed.cores} workers"}
+    columns = (*names.values(), *(f"{name} / alone" for name in names), f"device ({kind})")
+    ways = Table("Views(host=...)", *columns, title="whole batches, images/s", title_justify="left")
     for way, alone in (("crop", speed.crop), ("augment", speed.augment)):
         one = 1 / (1 / speed.read + 1 / alone)
-        share = speed.loader[way] / (one * speed.threads)
-        ways.add_row(way, f"{speed.loader[way]:,.0f}", f"{speed.device[way]:,.0f}", f"{share:.2f}")
+        rates = [speed.loader[way, hands] for hands in names]
+        shares = (f"{rate / one:.2f}" for rate in rates)
+        ways.add_row(way, *(f"{rate:,.0f}" for rate in rates), *shares, f"{speed.device[way]:,.0f}")
     for table in (host, ways):
         for column in table.columns[1:]:
             column.justify = "right"
@@ -150,9 +152,9 @@ def _rate(work: Callable[[Any], Any], items: Sequence[Any], seconds: float) -> f
     return _rate_of(done(), seconds)
 
 
-def _rate_of(steps: Iterator[Any], seconds: float) -> float:
+def _rate_of(steps: Iterator[Any], seconds: float, first: int = 3) -> float:
     """Steps per second; the first ones, in which caches fill and programs are compiled, do not count."""
-    for _ in islice(steps, 3):
+    for _ in islice(steps, first):
         pass
     count, began = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - began) < seconds or count < 3:

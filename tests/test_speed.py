@@ -14,34 +14,42 @@ SPEED = Speed(
     decode=1000,
     crop=800,
     augment=400,
-    loader={"crop": 1500, "augment": 750},
+    loader={
+        ("crop", "threads"): 1400,
+        ("crop", "workers"): 1500,
+        ("augment", "threads"): 500,
+        ("augment", "workers"): 750,
+    },
     device={"crop": 9000, "augment": 90_000},
-    threads=2,
+    cores=2,
     bad=0,
 )
 
 
 def test_the_host_limits():
-    assert SPEED.limit == "Views(host='crop'): the host limits, at 1,500 images/s; 79% of its time is decoding"
+    expected = (
+        "Views(host='crop'), data.loader.workers=2: the host limits, at 1,500 images/s; 79% of its time is decoding"
+    )
+    assert SPEED.limit == expected
 
 
 def test_the_device_limits():
-    slow = replace(SPEED, device={"crop": 100, "augment": 500})
-    assert slow.limit == "Views(host='augment'): this device limits, at 500 images/s"
+    slow = replace(SPEED, device={"crop": 100, "augment": 450})
+    assert slow.limit == "Views(host='augment'), data.loader.threads=2: this device limits, at 450 images/s"
 
 
 def test_a_slow_device_makes_the_host_finish_the_views():
     slow = replace(SPEED, device={"crop": 100, "augment": 90_000})
-    assert slow.limit.startswith("Views(host='augment'): the host limits, at 750 images/s")
+    assert slow.limit.startswith("Views(host='augment'), data.loader.workers=2: the host limits, at 750 images/s")
 
 
 def test_stages_of_real_files(tmp_path, capsys):
     shards = write_shards(tmp_path)  # one picture is cut short
-    assert main(["data", "bench", shards, "--size", "32", "--threads", "1", "--seconds", "0.1"]) == 0
+    assert main(["data", "bench", shards, "--size", "32", "--cores", "1", "--seconds", "0.1"]) == 0
     said = capsys.readouterr().out
-    for words in ("decode, crop, colour, blur", "host, 1 threads", "images/s", "1 of the records looked at"):
+    for words in ("decode, crop, colour, blur", "1 threads", "1 workers", "images/s", "1 of the records looked at"):
         assert words in said
-    found = measure(Tar(shards.removeprefix("tar:")), "multi_crop", 32, threads=1, seconds=0.05)
+    found = measure(Tar(shards.removeprefix("tar:")), "multi_crop", 32, cores=1, seconds=0.05)
     assert 0 < found.augment < found.crop < found.decode
     assert found.read > 0
     assert all(rate > 0 for rates in (found.loader, found.device) for rate in rates.values())

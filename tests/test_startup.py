@@ -148,18 +148,17 @@ def test_batches_are_read_while_the_state_is_restored(tmp_path, monkeypatch):
     """Restoring waits here until the first batch of the continued run has been read; it would wait for ever."""
     train(simclr("steps=2"), tmp_path)
     read, resume = threading.Event(), CheckpointStore.resume
-    begin = _TrainSteps.__getitem__
+    fill = _TrainSteps.fill
 
-    def getitem(steps, index):
-        batch = begin(steps, index)
-        if steps.start == 32 and index == 0:
+    def watched(steps, step, rows, batch):
+        fill(steps, step, rows, batch)
+        if steps.start == 32 and step == 0:
             read.set()
-        return batch
 
     def slowly(store, *args):
         assert read.wait(60)
         return resume(store, *args)
 
-    monkeypatch.setattr(_TrainSteps, "__getitem__", getitem)
+    monkeypatch.setattr(_TrainSteps, "fill", watched)
     monkeypatch.setattr(CheckpointStore, "resume", slowly)
     assert int(train(simclr("steps=3"), tmp_path).state.step) == 3

@@ -9,17 +9,17 @@ costs.
 import os
 import pickle
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grain
 import numpy as np
 
-from ssljax.data.buffers import Batch, Buffers, Kinds, Memory
+from ssljax.data.buffers import Batch, Kinds
 from ssljax.data.errors import BadSample, BadSamples, UnreadableIsBad
 from ssljax.data.order import Order, Sampling
-from ssljax.data.workers import Workers
+from ssljax.data.pieces import Pieces
 
 _ATTEMPTS = 100  # records tried in a row before the source is called unusable
 _GRACE = 1_000  # max_bad_fraction is taken of at least so many samples: one bad record of the first ten is no verdict
@@ -48,9 +48,9 @@ class Transform(Protocol):
 class Loader:
     """How batches are read. The batches themselves do not depend on it."""
 
-    threads: int = 4  # each makes whole batches; 0: in the caller's thread, nothing ahead of time
-    workers: int = 0  # processes, instead of threads: where Python's lock is the bottleneck, or views are Python's work
-    prefetch: int = 8  # batches under way or waiting, per process; at least `threads` of them to keep every thread busy
+    threads: int = 4  # that make each batch together; 0: the caller's thread makes it, nothing ahead of time
+    workers: int = 0  # processes, instead of threads: where Python's lock is the bottleneck (`ssljax data bench`)
+    prefetch: int = 4  # batches under way or waiting
     cache: bool = False  # keep every record, decoded, in memory (once per process); what is random is still drawn anew
     max_bad_fraction: float = 0.05  # of all samples so far (at least 1,000); beyond it the run stops
 
@@ -61,11 +61,14 @@ class Loader:
             raise ValueError(f"max_bad_fraction is a share between 0 and 1, got {self.max_bad_fraction}")
 
     @property
+    def hands(self) -> int:
+        """Who make batches while others wait for them."""
+        return self.workers or self.threads
+
+    @property
     def held(self) -> int:
-        """How many batches are in memory at most: those ready or under way, and those that were handed out."""
-        if self.workers:
-            return self.workers * (self.prefetch + 1) + 1
-        return max(self.prefetch, self.threads) + 2 if self.threads else 2
+        """How many batches are in memory at most: those ready or under way, and the one that was handed out."""
+        return self.prefetch + 2 if self.hands else 2
 
 
 class Batches(Iterator[Batch]):
@@ -75,32 +78,37 @@ class Batches(Iterator[Batch]):
     """
 
     def __init__(self, steps: "_TrainSteps | _EvalSteps", loader: Loader):
-        self._batches: grain.DatasetIterator[Batch] | Workers | None
-        if loader.workers:
-            self._batches = Workers(steps, loader.workers, loader.prefetch)
-        else:
-            ahead = loader.prefetch if loader.threads else 0
-            reading = grain.ReadOptions(num_threads=loader.threads, prefetch_buffer_size=ahead)
-            self._batches = iter(grain.MapDataset.source(steps).to_iter_dataset(reading))
+        pieces = Pieces(steps, len(steps.rows), loader.hands, loader.workers)
+        # Each process has one piece before it and the next one waiting.
+        reading = grain.ReadOptions(
+            num_threads=2 * loader.workers or loader.threads,
+            prefetch_buffer_size=loader.prefetch * pieces.parts if loader.hands else 0,
+        )
+        self._pieces: Pieces | None = pieces
+        self._items: grain.DatasetIterator[Batch] = iter(grain.MapDataset.source(pieces).to_iter_dataset(reading))
 
     def __next__(self) -> Batch:
-        if self._batches is None:
+        if self._pieces is None:
             raise StopIteration
         try:
-            return next(self._batches)
+            batch = next(self._items)
+            for _ in range(self._pieces.parts - 1):
+                batch = next(self._items)
+            return batch
         except BaseException:
             self.close()
             raise
 
     def start(self) -> None:
         """Starts to read ahead, which otherwise the first `next` does."""
-        if isinstance(self._batches, grain.DatasetIterator):
-            self._batches.start_prefetch()
+        if self._pieces is not None:
+            self._items.start_prefetch()
 
     def close(self) -> None:
-        if self._batches is not None:
-            self._batches.close()
-        self._batches = None  # and lets go of the threads
+        if self._pieces is not None:
+            self._pieces.close()
+            self._items.close()
+        self._pieces = None
 
 
 def train_batches(
@@ -177,11 +185,12 @@ def typical_sample(source: Records, transform: Transform) -> Batch:
     """
     order = Sampling().order(source, 0)
     steps = _TrainSteps(_Reader(source, transform), None, order, 0, 0, _VOTES, np.arange(_VOTES), 1)
-    samples, indices, _ = zip(*steps.samples(0), strict=True)
+    samples, indices, _ = zip(*steps.samples(0, slice(None)), strict=True)
     found = [tuple(sorted(_kinds(sample).items())) for sample in samples]
     kind, votes = Counter(found).most_common(1)[0]
     if 3 * votes < 2 * _VOTES:
-        _check_alike(samples, indices)  # raises
+        for sample, index in zip(samples, indices, strict=True):
+            _check_alike(sample, index, _kinds(samples[0]))
     return samples[found.index(kind)]
 
 
@@ -214,7 +223,6 @@ class _Reader:
         self.source, self.transform, self.kinds = source, transform, kinds
         self.prepare = getattr(transform, "prepare", dict)
         self.cache: dict[int, Mapping[str, Any]] | None = {} if cache else None
-        self.buffers = Buffers()
 
     def sample(self, index: int, rng: np.random.Generator | None) -> Batch:
         """Raises BadSample, with its key, for a bad record. Every other error names the record as well."""
@@ -243,8 +251,6 @@ class _Reader:
 
 @dataclass(frozen=True)
 class _TrainSteps:
-    """Step -> batch. Whole batches are grain's elements, which keeps its cost per element off the samples."""
-
     reader: _Reader
     bad: BadSamples | None
     order: Order
@@ -257,19 +263,19 @@ class _TrainSteps:
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.batch(index, self.reader.buffers.arrays)
+    def kinds(self) -> Kinds:
+        kinds = self.reader.kinds or _kinds(next(self.samples(0, slice(1)))[0])
+        return _of_rows(kinds, len(self.rows), index=np.int32, replaced=np.int32)
 
-    def batch(self, step: int, memory: Memory) -> Batch:
-        samples = (
-            {**sample, "index": np.array(index, np.int32), "replaced": np.array(replaced, np.int32)}
-            for sample, index, replaced in self.samples(step)
-        )
-        return _stack(samples, len(self.rows), memory)
+    def fill(self, step: int, rows: slice, batch: Batch) -> None:
+        # Each sample goes to its row when it comes, while it is in the caches and few others are in memory.
+        put = _Rows(batch, "index", "replaced")
+        for row, (sample, index, replaced) in enumerate(self.samples(step, rows), rows.start):
+            put(row, sample, index=index, replaced=replaced)
 
-    def samples(self, step: int) -> Iterator[tuple[Batch, int, int]]:
+    def samples(self, step: int, rows: slice) -> Iterator[tuple[Batch, int, int]]:
         """Of each row: its sample, the index of its record, and the number of bad records met before it."""
-        positions = self.start + step * self.batch_size + self.rows
+        positions = self.start + step * self.batch_size + self.rows[rows]
         draws, rng = self.order(positions), _SampleRng(self.seed)
         columns = (column.tolist() for column in (positions, *draws))
         return (self._fill(*row, rng=rng) for row in zip(*columns, strict=True))
@@ -296,19 +302,16 @@ class _EvalSteps:
     def __len__(self) -> int:
         return -(-len(self.reader.source) // self.batch_size)
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.batch(index, self.reader.buffers.arrays)
+    def kinds(self) -> Kinds:
+        return _of_rows(_kinds(self._read(0)[0]), len(self.rows), index=np.int32, mask=np.bool_)
 
-    def batch(self, step: int, memory: Memory) -> Batch:
-        return _stack(self._samples(step), len(self.rows), memory)
-
-    def _samples(self, step: int) -> Iterator[Batch]:
-        n, last = len(self.reader.source), None
-        for position in (step * self.batch_size + self.rows).tolist():
+    def fill(self, step: int, rows: slice, batch: Batch) -> None:
+        n, last, put = len(self.reader.source), None, _Rows(batch, "index", "mask")
+        for row, position in enumerate((step * self.batch_size + self.rows[rows]).tolist(), rows.start):
             index = min(position, n - 1)
             if index != last:  # each record is read once; the padding repeats the last
                 (sample, good), last = self._read(index), index
-            yield {**sample, "index": np.array(index, np.int32), "mask": np.array(good and position < n)}
+            put(row, sample, index=index, mask=good and position < n)
 
     def _read(self, index: int) -> tuple[Batch, bool]:
         """The sample of this record, and True; or of the next good one, and False."""
@@ -375,29 +378,30 @@ def _hint(kinds: Kinds, name: str) -> str:
     return " (set data.size to fit every image to it)" if name in kinds and len(kinds[name][0]) >= 3 else ""
 
 
-def _stack(samples: Iterable[Batch], rows: int, memory: Memory) -> Batch:
-    """Each goes to its place when it comes, while it is still in the caches and few others are in memory."""
-    first, batch = {}, {}
-    for row, sample in enumerate(samples):
-        if not batch:
-            first = sample
-            batch = memory({name: ((rows, *shape), dtype) for name, (shape, dtype) in _kinds(sample).items()})
-        elif _kinds(sample) != _kinds(first):
-            _check_alike([first, sample], [int(first["index"]), int(sample["index"])])  # raises
-        for name, x in sample.items():
-            batch[name][row] = x
-    return batch
+def _check_alike(sample: Batch, index: int, expected: Kinds) -> None:
+    kinds = _kinds(sample)
+    for name in kinds.keys() | expected.keys() if kinds != expected else ():
+        if kinds.get(name) != expected.get(name):
+            raise ValueError(
+                f"{name!r} is {_kind(kinds, name)} for record {index}, but {_kind(expected, name)} for the first: a "
+                f"batch needs one shape{_hint(kinds, name)}"
+            )
 
 
-def _check_alike(samples: Sequence[Batch], indices: Sequence[int]) -> None:
-    first = _kinds(samples[0])
-    for index, sample in zip(indices, samples, strict=True):
-        kinds = _kinds(sample)
-        for name in kinds.keys() ^ first.keys():
-            raise ValueError(f"only one of the records {indices[0]} and {index} gives {name!r}: a batch needs both")
-        for name in first:
-            if kinds[name] != first[name]:
-                raise ValueError(
-                    f"{name!r} is {_kind(first, name)} for record {indices[0]}, but {_kind(kinds, name)} for record "
-                    f"{index}: a batch needs one shape{_hint(kinds, name)}"
-                )
+def _of_rows(kinds: Kinds, rows: int, **columns: type) -> Kinds:
+    """Of a batch, from those of a sample, and numbers besides."""
+    scalars = {name: ((), np.dtype(column)) for name, column in columns.items()}
+    return {name: ((rows, *shape), dtype) for name, (shape, dtype) in {**kinds, **scalars}.items()}
+
+
+class _Rows:
+    """Puts samples, and `columns` of numbers besides, into the rows of a batch."""
+
+    def __init__(self, batch: Batch, *columns: str):
+        self.batch = batch
+        self.kinds = {name: (x.shape[1:], x.dtype) for name, x in batch.items() if name not in columns}
+
+    def __call__(self, row: int, sample: Batch, *, index: int, **columns: int) -> None:
+        _check_alike(sample, index, self.kinds)
+        for name, x in {**sample, "index": index, **columns}.items():
+            self.batch[name][row] = x
