@@ -1,7 +1,7 @@
 """Batches that many put together: each thread, or each worker process, fills some rows of every batch.
 
-Threads are enough where codecs do the work. But Python's lock lets one process cut some 5,000 pictures a second,
-however many cores there are, and fewer where the host does the colours.
+Threads are enough where codecs do the work. But what is Python's, one process does by one core, however many there are:
+`python -m bench.loader` compares threads and processes.
 """
 
 import multiprocessing
