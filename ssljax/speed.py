@@ -26,7 +26,7 @@ RECIPES: Mapping[str, Callable[[int], dict[str, dict[str, Any]]]] = {
     "mae": recipes.mae,
     "clip": recipes.clip,
 }
-_BATCH = 32
+_ROWS = 16  # of a batch, for each core: all of them have a part in it
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,16 @@ def measure(
         "decode": _rate(lambda record: Opened(record["image"]).decode(), records, seconds),
         **{host: _rate(lambda record, t=t: t(record, rng), records, seconds) for host, t in transforms.items()},
     }
-    loader, device = {}, {}
+    rows, loader, device = _ROWS * cores, {}, {}
     for host, transform in transforms.items():
         like = typical_sample(source, transform)
         for hands, options in (("threads", Loader(threads=cores)), ("workers", Loader(workers=cores))):
-            batches = train_batches(source, transform, batch_size=_BATCH, seed=0, like=like, loader=options)
-            loader[host, hands] = _BATCH * _rate_of(batches, seconds, first=2 * options.held)
+            batches = train_batches(source, transform, batch_size=rows, seed=0, like=like, loader=options)
+            loader[host, hands] = rows * _rate_of(batches, seconds, first=2 * options.held)
             batches.close()
-        batch = {name: jax.device_put(np.stack([x] * _BATCH)) for name, x in like.items()}
+        batch = {name: jax.device_put(np.stack([x] * rows)) for name, x in like.items()}
         step = jax.jit(plans[host])
-        device[host] = _BATCH * _rate_of((jax.block_until_ready(step(None, batch)) for _ in iter(int, 1)), seconds)
+        device[host] = rows * _rate_of((jax.block_until_ready(step(None, batch)) for _ in iter(int, 1)), seconds)
     return Speed(**rate, loader=loader, device=device, cores=cores, bad=bad)
 
 
